@@ -1,0 +1,122 @@
+"""What every runner yields: the captured stages of one layer at a time.
+
+A run is an iterator of ``LayerStages``: layers 0, 1, ... and at last the whole-model stages, with
+``layer`` None. Whoever yields such pairs is an engine; nothing has to know who is on the other
+side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from pytest_aprt.errors import CaptureError
+from pytest_aprt.facts import Facts
+from pytest_aprt.stages import STAGES, StageGraph, point_id
+
+
+class LayerStages(NamedTuple):
+    """The captured stages of one layer (None: of the whole model), float32, shapes as STAGES."""
+
+    layer: int | None
+    stages: Mapping[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """Anything that runs the model under test.
+
+    ``layers(tokens)`` yields ``(layer, {stage: array})`` in order, at last ``(None, {...})`` for
+    ``final_norm`` and ``lm_head``. Arrays are whatever numpy or torch can read as float32, shaped
+    as in STAGES, Q and K rows in Hugging Face order. Stages may be left out; they are then
+    reported as missing.
+    """
+
+    def layers(self, tokens: Sequence[int]) -> Iterable[tuple[int | None, Mapping[str, Any]]]:
+        """Run the prompt ``tokens`` and yield the stages of each layer."""
+
+
+class CheckedEngine:
+    """A user's engine behind the checks that make its output a capture.
+
+    Args:
+        engine: the engine.
+        graph: the points of the model.
+        facts: the shapes that its stages must have.
+        name: what to call it in messages.
+    """
+
+    def __init__(self, engine: Engine, graph: StageGraph, facts: Facts, name: str) -> None:
+        self._engine, self._graph, self._facts, self._name = engine, graph, facts, name
+
+    def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
+        """Yield every layer once and in order, empty where the engine has nothing.
+
+        Raises:
+            CaptureError: the engine is no engine, yields layers out of order, an unknown stage,
+                or an array of another shape.
+        """
+        wanted = iter([*range(self._graph.n_layers), None])
+        current = next(wanted)
+        for layer, stages in self._pairs(tokens):
+            while current != layer:
+                if current is None:
+                    raise CaptureError(
+                        f"{self._name} yielded layer {layer!r} late or beyond the model: expected "
+                        f"layers 0 .. {self._graph.n_layers - 1} in order, then None"
+                    )
+                yield LayerStages(current, {})
+                current = next(wanted)
+            yield LayerStages(layer, self._checked(layer, stages, len(tokens)))
+            try:
+                current = next(wanted)
+            except StopIteration:
+                return
+        yield LayerStages(current, {})
+        for rest in wanted:
+            yield LayerStages(rest, {})
+
+    def _pairs(self, tokens: Sequence[int]) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
+        layers = getattr(self._engine, "layers", None)
+        if not callable(layers):
+            raise CaptureError(
+                f"{self._name} is no engine: expected an object with layers(tokens) that yields "
+                f"(layer, {{stage: array}}), found {type(self._engine).__name__}"
+            )
+        for item in layers(list(tokens)):
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping)):
+                raise CaptureError(
+                    f"{self._name} yielded {type(item).__name__}: expected "
+                    "(layer, {stage: array})"
+                )
+            yield item
+
+    def _checked(
+        self, layer: int | None, stages: Mapping[str, Any], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        known = {stage.name: stage for stage in self._graph.of_layer(layer)}
+        sizes = self._facts.sizes(tokens)
+        checked = {}
+        for name, value in stages.items():
+            if name not in known:
+                reason = "has no such stage here" if name in STAGES else "is unknown"
+                raise CaptureError(
+                    f"{self._name} yielded stage {name!r} in layer {layer}, which {reason}: "
+                    f"expected some of {', '.join(known)}"
+                )
+            try:
+                tensor = torch.as_tensor(value).detach().to("cpu", torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise CaptureError(
+                    f"{self._name}: {point_id(layer, name)} is no array of numbers ({error})"
+                ) from error
+            shape = tuple(sizes[symbol] for symbol in known[name].shape)
+            if tensor.numel() != math.prod(shape):
+                raise CaptureError(
+                    f"{self._name}: {point_id(layer, name)} has shape {tuple(tensor.shape)}, "
+                    f"expected {shape} for {tokens} tokens ({', '.join(known[name].shape)})"
+                )
+            checked[name] = tensor.reshape(shape).clone()
+        return checked

@@ -1,0 +1,243 @@
+"""Compares two captures of one point: metrics, and whether an error is more than rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytest_aprt.facts import Facts
+from pytest_aprt.replay import ULP, Reference
+from pytest_aprt.stages import Stage
+
+TOP_DIFFS = 5
+
+_SMALLEST_NORMAL = 1.2e-38
+"""Below it float32 loses bits and some engines flush to zero: such differences are no error."""
+
+
+class Difference(NamedTuple):
+    """One element that differs: where, and the two values."""
+
+    at: dict[str, int]
+    a: float
+    b: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """How far ``a`` is from ``b``, over the elements that count and are finite on both sides.
+
+    Undefined values are nan: cosine, slope and ratios where a norm is zero. ``compared`` is the
+    number of elements; where it is 0 everything is nan.
+    """
+
+    cosine: float  # <a,b> / (|a| |b|)
+    rel_l2: float  # |a-b| / |b|
+    slope: float  # <a,b> / <b,b>: 1 unless a is b scaled
+    norm_ratio: float  # |a| / |b|
+    max_abs: float
+    max_abs_at: dict[str, int]
+    rms: float  # sqrt(mean((a-b)^2))
+    sqnr_db: float  # 20 log10(|b| / |a-b|)
+    non_finite_a: int
+    non_finite_b: int
+    worst_token: tuple[int, float] | None  # token, rel_l2
+    compared: int
+    top_diffs: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The slice of a point whose error is largest in units of its tolerance.
+
+    ``axis`` is ``all`` for the whole tensor. ``error`` is ``|a-b| / scale`` and ``excess`` is
+    ``error / tolerance``: above 1 it is no rounding. ``rel_l2`` is relative to the slice itself.
+    """
+
+    axis: str
+    index: int | None
+    rel_l2: float
+    tolerance: float  # in the unit of rel_l2
+    excess: float
+
+
+@dataclass(frozen=True)
+class View:
+    """How a stage's tensor is looked at: with heads as an axis, and only where it counts.
+
+    ``visible`` (T, T) bool says which keys each query may see; only those scores count.
+    """
+
+    stage: Stage
+    facts: Facts
+    visible: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the tensor in float64, shaped as the stage's axes."""
+        tensor = tensor.double()
+        if "head" in self.stage.axes and self.stage.axes[-1] == "channel":
+            return tensor.reshape(tensor.shape[0], -1, self.facts.head_dim)
+        return tensor
+
+    def counted(self, shape: Sequence[int]) -> Tensor:
+        """Return which elements of a view count at all: bool, of ``shape``."""
+        if self.stage.kind == "scores" and self.visible is not None:
+            return self.visible.expand(*shape)
+        return torch.ones(*shape, dtype=torch.bool)
+
+    def parts(self) -> list[tuple[str, slice]]:
+        """Return the channels of Q, K and V where the stage concatenates them."""
+        if "part" not in self.stage.slices:
+            return []
+        ends, start = [], 0
+        for name, size in zip("qkv", self.facts.qkv_sizes, strict=True):
+            ends.append((name, slice(start, start + size)))
+            start += size
+        return ends
+
+
+def non_finite(tensor: Tensor, view: View) -> int:
+    """Return how many of the elements that count are NaN or infinite."""
+    values = view(tensor)
+    return int((~torch.isfinite(values) & view.counted(values.shape)).sum())
+
+
+def measure(a: Tensor, b: Tensor, view: View) -> Metrics:
+    """Return the metrics of two tensors of one stage; rows with non-finite values are left out."""
+    x, y = view(a), view(b)
+    counted = view.counted(x.shape)
+    bad_x, bad_y = ~torch.isfinite(x) & counted, ~torch.isfinite(y) & counted
+    used = counted & ~_rows_with(bad_x | bad_y, x.ndim)
+    x, y = x.where(used, 0.0), y.where(used, 0.0)
+    d = (x - y).abs()
+    xx, yy, xy, dd = (float(v) for v in (x.square().sum(), y.square().sum(), (x * y).sum(),
+                                          d.square().sum()))  # fmt: skip
+    compared = int(used.sum())
+    top = _top(x, y, d, view.stage) if compared else ()
+    nan = math.nan
+    return Metrics(
+        cosine=xy / math.sqrt(xx * yy) if xx and yy else nan,
+        rel_l2=_ratio(math.sqrt(dd), math.sqrt(yy)) if compared else nan,
+        slope=xy / yy if yy else nan,
+        norm_ratio=math.sqrt(xx / yy) if yy else nan,
+        max_abs=abs(top[0].a - top[0].b) if top else nan,
+        max_abs_at=top[0].at if top else {},
+        rms=math.sqrt(dd / compared) if compared else nan,
+        sqnr_db=10 * math.log10(yy / dd)
+        if dd and yy
+        else (math.inf if compared and not dd else nan),
+        non_finite_a=int(bad_x.sum()),
+        non_finite_b=int(bad_y.sum()),
+        worst_token=_worst_token(d, y, view.stage) if compared else None,
+        compared=compared,
+        top_diffs=top,
+    )
+
+
+def judge(model: Tensor, reference: Reference, view: View, tolerance: float) -> Slice | None:
+    """Return the slice whose error is largest in units of what rounding explains.
+
+    A slice's scale is its norm, or its response to one-ulp changes of the inputs in ulps where
+    that is larger: a value that is the small difference of large terms may be off by the rounding
+    of the terms. None where nothing can be compared.
+
+    Args:
+        model: the model's stage.
+        reference: its replay.
+        view: how to look at both.
+        tolerance: bound on ``|model - reference| / scale`` of every slice.
+    """
+    x, y, r = view(model), view(reference.value), view(reference.response)
+    counted = view.counted(x.shape)
+    finite = torch.isfinite(x) & torch.isfinite(y) & torch.isfinite(r)
+    used = counted & ~_rows_with(counted & ~finite, x.ndim)
+    if not bool(used.any()):
+        return None
+    sums = _Squares(
+        error=(x - y).where(used, 0.0).square(),
+        value=y.where(used, 0.0).square(),
+        response=(r / ULP).where(used, 0.0).square(),
+        elements=used.double(),
+    )
+    slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance)]
+    for axis in view.stage.slices:
+        slices.append(_worst(axis, sums.over(_summed(axis, view)), tolerance))
+    return max(slices, key=lambda s: s.excess)
+
+
+class _Squares(NamedTuple):
+    """Squared error, value and response in ulps, and how many elements, of every slice."""
+
+    error: Tensor
+    value: Tensor
+    response: Tensor
+    elements: Tensor
+
+    def over(self, summed: Callable[[Tensor], Tensor]) -> _Squares:
+        return _Squares(*map(summed, self))
+
+
+def _summed(axis: str, view: View) -> Callable[[Tensor], Tensor]:
+    """Return what sums a view over everything but ``axis``."""
+    if axis == "part":
+        return lambda v: torch.stack([v[:, part].sum() for _, part in view.parts()])
+    others = [i for i, name in enumerate(view.stage.axes) if name != axis]
+    return lambda v: v.sum(dim=others) if others else v
+
+
+def _worst(axis: str, sums: _Squares, tolerance: float) -> Slice:
+    error, value, response, elements = sums
+    floor = elements * (_SMALLEST_NORMAL / tolerance) ** 2
+    scale = torch.maximum(torch.maximum(value, response), floor).sqrt()
+    excess = error.sqrt() / (tolerance * scale)
+    excess = excess.where(error > 0, 0.0)
+    index = int(excess.argmax())
+    norm = float(value[index].sqrt())
+    return Slice(
+        axis=axis,
+        index=None if axis == "all" else index,
+        rel_l2=_ratio(float(error[index].sqrt()), norm),
+        tolerance=_ratio(tolerance * float(scale[index]), norm),
+        excess=float(excess[index]),
+    )
+
+
+def _ratio(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return math.inf if a else 0.0
+
+
+def _rows_with(bad: Tensor, ndim: int) -> Tensor:
+    """Spread bad elements over their rows: a token's channels, a head's scores of one token."""
+    if ndim == 1:
+        return bad.any().expand_as(bad)
+    return bad.any(-1, keepdim=True).expand_as(bad)
+
+
+def _worst_token(d: Tensor, y: Tensor, stage: Stage) -> tuple[int, float] | None:
+    if "token" not in stage.axes:
+        return None
+    others = [i for i, name in enumerate(stage.axes) if name != "token"]
+    error, norm = d.square().sum(dim=others).sqrt(), y.square().sum(dim=others).sqrt()
+    ratio = torch.where(norm > 0, error / norm, torch.where(error > 0, torch.inf, 0.0))
+    index = int(ratio.argmax())
+    return index, float(ratio[index])
+
+
+def _top(x: Tensor, y: Tensor, d: Tensor, stage: Stage) -> tuple[Difference, ...]:
+    values, flat = d.flatten().topk(min(TOP_DIFFS, d.numel()))
+    places = torch.unravel_index(flat, d.shape)
+    return tuple(
+        Difference(
+            at={name: int(place[i]) for name, place in zip(stage.axes, places, strict=True)},
+            a=float(x.flatten()[flat[i]]),
+            b=float(y.flatten()[flat[i]]),
+        )
+        for i in range(len(values))
+    )

@@ -1,0 +1,32 @@
+"""Every error that a user can cause, as one tree.
+
+AprtError                 caught at the pytest border: one line, exit code 4
+├── SettingsError         an option or ini value is not valid
+├── SourceError           a model, oracle or dump cannot be opened or is damaged
+├── ArchitectureError     no row of ARCHITECTURES fits, or the two sides differ in kind
+└── CaptureError          a runner or a user's engine yields something that is no capture
+
+The message of each names the thing, says what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class AprtError(Exception):
+    """Base of all errors that bad input can cause; its text is one line."""
+
+
+class SettingsError(AprtError):
+    """An option or an ini value is not valid."""
+
+
+class SourceError(AprtError):
+    """A file, folder or hub id cannot be opened, or what it holds is damaged."""
+
+
+class ArchitectureError(AprtError):
+    """The architecture is unknown, or model and oracle are of different kinds."""
+
+
+class CaptureError(AprtError):
+    """A runner or an engine yielded stages that cannot be a capture."""

@@ -1,0 +1,160 @@
+"""The forward pass of a GGUF model, from its metadata and weights alone: the builtin engine.
+
+One function per stage, in computation order, to be read against the papers: RMSNorm (arXiv
+1910.07467), RoPE (2104.09864), YaRN (2309.00071), grouped-query attention (2305.13245), SwiGLU
+(2002.05202). Symbols: T tokens, H hidden, I intermediate, n heads, g kv heads, D head_dim.
+Everything is float32. Nothing here is shared with the oracle or with the replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, Architecture
+from pytest_aprt.capture import LayerStages
+from pytest_aprt.facts import Facts, RopeScaling
+from pytest_aprt.weights import WeightSource, logits
+
+
+class BuiltinRunner:
+    """Runs a GGUF model layer by layer and yields every stage."""
+
+    name = "builtin"
+    arithmetic = "float32"
+
+    def __init__(self, weights: WeightSource, facts: Facts, architecture: Architecture) -> None:
+        self._weights, self._facts, self._architecture = weights, facts, architecture
+
+    @torch.no_grad()
+    def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
+        """Yield the stages of every layer, then of the whole model."""
+        facts = self._facts
+        x = embedding(self._weights, tokens, self._architecture.embedding_scale)
+        angles, stretch = rope_angles(facts, len(tokens))
+        for index in range(facts.layers):
+            stages = {"embedding": x} if index == 0 else {}
+            mask = causal_mask(len(tokens), facts.windows[index])
+            layer(stages, x, self._weights.layer(index), angles, stretch, mask, facts,
+                  self._architecture)  # fmt: skip
+            x = stages["post_ffn_residual"]
+            yield LayerStages(index, stages)
+        final = rms_norm(x, self._weights.tensor(FINAL_NORM), facts.eps, self._architecture)
+        head = logits(self._weights, final[-1:], facts.vocab)[0]
+        yield LayerStages(None, {"final_norm": final, "lm_head": head})
+
+
+def layer(
+    stages: dict[str, Tensor],
+    x: Tensor,  # (T, H)
+    w: dict[str, Tensor],
+    angles: Tensor,  # (T, D/2)
+    stretch: float,
+    mask: Tensor,  # (T, T)
+    f: Facts,
+    a: Architecture,
+) -> None:
+    """Fill ``stages`` with one decoder layer applied to ``x``."""
+    s = stages
+    n, g, d = f.heads, f.kv_heads, f.head_dim
+
+    s["attn_norm"] = rms_norm(x, w["input_layernorm.weight"], f.eps, a)  # (T, H)
+    s["qkv_matmul"] = torch.cat(
+        [s["attn_norm"] @ w[f"self_attn.{p}_proj.weight"].T for p in "qkv"], dim=-1
+    )  # (T, (n+2g)D)
+    qkv = s["qkv_matmul"]
+    if a.qkv_bias:
+        qkv = qkv + torch.cat([w[f"self_attn.{p}_proj.bias"] for p in "qkv"])
+        s["qkv_bias"] = qkv
+    q, k, v = qkv.split(f.qkv_sizes, dim=-1)
+    q, k, v = q.unflatten(-1, (n, d)), k.unflatten(-1, (g, d)), v.unflatten(-1, (g, d))
+    if a.qk_norm:
+        q = rms_norm(q, w["self_attn.q_norm.weight"], f.eps, a)
+        k = rms_norm(k, w["self_attn.k_norm.weight"], f.eps, a)
+    q = rotate(q, angles, stretch, a)  # (T, n, D)
+    k = rotate(k, angles, stretch, a)  # (T, g, D)
+    s["q_post_rope"], s["k_post_rope"] = q.flatten(1), k.flatten(1)
+
+    shared = torch.arange(n) // (n // g)  # the kv head that each head reads
+    scores = torch.einsum("tnd,snd->nts", q, k[:, shared]) / math.sqrt(d)  # (n, T, T)
+    s["attn_scores"] = scores
+    s["attn_softmax"] = torch.softmax(scores + mask, dim=-1)  # (n, T, T)
+    mixed = torch.einsum("nts,snd->tnd", s["attn_softmax"], v[:, shared])
+    s["attention"] = mixed.flatten(1)  # (T, nD)
+    s["attn_out"] = s["attention"] @ w["self_attn.o_proj.weight"].T  # (T, H)
+    s["post_attn_residual"] = x + s["attn_out"]
+
+    s["ffn_norm"] = rms_norm(
+        s["post_attn_residual"], w["post_attention_layernorm.weight"], f.eps, a
+    )
+    s["ffn_gate"] = s["ffn_norm"] @ w["mlp.gate_proj.weight"].T  # (T, I)
+    s["ffn_up"] = s["ffn_norm"] @ w["mlp.up_proj.weight"].T  # (T, I)
+    s["ffn_silu"] = s["ffn_gate"] * torch.sigmoid(s["ffn_gate"])
+    s["ffn_swigl"] = s["ffn_silu"] * s["ffn_up"]
+    s["ffn_out"] = s["ffn_swigl"] @ w["mlp.down_proj.weight"].T  # (T, H)
+    s["post_ffn_residual"] = s["post_attn_residual"] + s["ffn_out"]
+
+
+def embedding(weights: WeightSource, tokens: Sequence[int], scale: float) -> Tensor:
+    """Return the rows of the token embedding: (T, H)."""
+    rows = weights.rows(EMBEDDING, tokens)
+    return rows if scale == 1.0 else rows * scale
+
+
+def rms_norm(x: Tensor, gamma: Tensor, eps: float, a: Architecture) -> Tensor:
+    """Return ``x / rms(x) * gamma`` over the last axis."""
+    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return scaled * (gamma + a.norm_offset if a.norm_offset else gamma)
+
+
+def rope_angles(facts: Facts, tokens: int) -> tuple[Tensor, float]:
+    """Return the rotation of each pair at each position, (T, D/2), and the factor on cos and sin.
+
+    Angles are formed in float64: in float32 position 30,000 would be off by a thousandth.
+    """
+    pairs = torch.arange(facts.head_dim // 2, dtype=torch.float64)
+    frequency = facts.rope_theta ** (-2 * pairs / facts.head_dim)
+    scaling = facts.rope_scaling
+    if scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling.kind == "yarn":
+        kept = yarn_kept(scaling, facts, pairs)
+        frequency = frequency * kept + frequency / scaling.factor * (1 - kept)
+    positions = torch.arange(tokens, dtype=torch.float64)
+    return torch.outer(positions, frequency), scaling.attention_factor
+
+
+def yarn_kept(scaling: RopeScaling, facts: Facts, pairs: Tensor) -> Tensor:
+    """Return the share of each pair's frequency that YaRN leaves unstretched, 0 to 1: (D/2,)."""
+
+    def pair_of(turns: float) -> float:  # the pair that turns so often within the context
+        ratio = scaling.original_context / (turns * 2 * math.pi)
+        return facts.head_dim * math.log(ratio) / (2 * math.log(facts.rope_theta))
+
+    low = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), facts.head_dim - 1)
+    return 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def rotate(x: Tensor, angles: Tensor, stretch: float, a: Architecture) -> Tensor:
+    """Return (T, heads, D) with every pair of channels turned by its angle."""
+    cos, sin = ((f(angles) * stretch).float()[:, None] for f in (torch.cos, torch.sin))
+    half = x.shape[-1] // 2
+    if a.rotated_pairs == "half":
+        first, second = x[..., :half], x[..., half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x[..., ::2], x[..., 1::2]
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.flatten(-2)
+
+
+def causal_mask(tokens: int, window: int | None) -> Tensor:
+    """Return 0 where a query may look and -inf elsewhere: (T, T)."""
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    hidden = key > query
+    if window is not None:
+        hidden = hidden | (key <= query - window)
+    return torch.zeros(tokens, tokens).masked_fill(hidden, -math.inf)

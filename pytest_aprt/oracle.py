@@ -1,0 +1,267 @@
+"""The oracle: transformers' own modules, streamed one layer at a time, every stage captured.
+
+The same runner is the oracle (the checkpoint's weights) and the shadow (the model's dequantised
+weights). The model's own ``forward`` prepares masks and rotary embeddings: it runs once with
+layers that only note what they are handed, so that no family's glue is written again here.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytest_aprt.architectures import EMBEDDING, FINAL_NORM
+from pytest_aprt.capture import LayerStages
+from pytest_aprt.errors import ArchitectureError
+from pytest_aprt.weights import WeightSource, logits
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = "aprt_capture"
+"""Name under which the capturing attention is registered with transformers."""
+
+TAPS = {
+    # stage: (module within the decoder layer, what of it)
+    "attn_norm": ("input_layernorm", "output"),
+    "attention": ("self_attn.o_proj", "input"),
+    "attn_out": ("self_attn.o_proj", "output"),
+    "post_attn_residual": ("post_attention_layernorm", "input"),
+    "ffn_norm": ("post_attention_layernorm", "output"),
+    "ffn_gate": ("mlp.gate_proj", "output"),
+    "ffn_up": ("mlp.up_proj", "output"),
+    "ffn_silu": ("mlp.act_fn", "output"),
+    "ffn_swigl": ("mlp.down_proj", "input"),
+    "ffn_out": ("mlp.down_proj", "output"),
+}
+"""Where a forward hook finds a stage. Q, K, V, scores and softmax need more than one value."""
+
+
+@dataclass(frozen=True)
+class Prelude:
+    """What the model's forward hands to its layers for one prompt.
+
+    ``hidden`` is the embedding (1, T, H); ``calls`` holds each layer's keyword arguments, among
+    them ``attention_mask`` (additive, (1, 1, T, T)) and ``position_embeddings`` (cos, sin).
+    """
+
+    hidden: torch.Tensor
+    calls: list[dict[str, Any]]
+
+
+class TransformersRunner:
+    """A causal language model of transformers, on weights that are read layer by layer.
+
+    Args:
+        config: the oracle's configuration; it is copied.
+        weights: tensors by Hugging Face names.
+
+    Raises:
+        ArchitectureError: transformers has no causal language model for the configuration.
+    """
+
+    def __init__(self, config: PretrainedConfig, weights: WeightSource) -> None:
+        from transformers import AutoModelForCausalLM
+
+        _register_attention()
+        self.config = copy.deepcopy(config)
+        self._weights = weights
+        try:
+            with torch.device("meta"):
+                self._model = AutoModelForCausalLM.from_config(
+                    self.config, attn_implementation=ATTENTION
+                )
+        except (ValueError, KeyError) as error:
+            raise ArchitectureError(f"transformers cannot build the oracle: {error}") from error
+        self._model.eval().float()
+        self._base = self._model.model
+        # Buffers made on the meta device stay there: the rotary tables must be real.
+        self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self._base.layers)
+
+    def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
+        """Yield every stage of every layer, then of the whole model.
+
+        Args:
+            tokens: token ids, shorter than the context.
+        """
+        prelude = self.prelude(tokens)
+        hidden = prelude.hidden
+        for index in range(self.n_layers):
+            stages = {"embedding": hidden[0]} if index == 0 else {}
+            hidden = self.run_layer(index, hidden, prelude, stages)
+            yield LayerStages(index, {name: value.detach() for name, value in stages.items()})
+        normed = self._final_norm(hidden)
+        head = logits(self._weights, normed[:, -1:], self.config.vocab_size)
+        yield LayerStages(None, {"final_norm": normed[0], "lm_head": head[0, -1]})
+
+    def prelude(self, tokens: Sequence[int]) -> Prelude:
+        """Run everything before the layers: embedding, masks, rotary embeddings."""
+        used = sorted(set(tokens))
+        embedding = self._base.embed_tokens
+        calls: list[dict[str, Any]] = []
+        entered: list[torch.Tensor] = []
+
+        def note(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            entered.append(hidden_states)
+            calls.append(kwargs)
+            return hidden_states
+
+        rows = self._weights.rows(EMBEDDING, used)
+        place = {token: index for index, token in enumerate(used)}
+        ids = torch.tensor([[place[token] for token in tokens]])
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            # Only the rows in use are read; ids are renumbered to them.
+            stack.enter_context(_attribute(embedding, "weight", nn.Parameter(rows)))
+            stack.enter_context(_attribute(embedding, "padding_idx", None))
+            for layer in self._base.layers:
+                stack.enter_context(_forward_replaced(layer, note))
+            stack.enter_context(_forward_replaced(self._base.norm, lambda hidden: hidden))
+            self._base(input_ids=ids, use_cache=False)
+        return Prelude(entered[0], calls)
+
+    def run_layer(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        prelude: Prelude,
+        stages: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Run one layer on (1, T, H) and return its output; ``stages`` is filled unless None.
+
+        With ``stages`` None the layer runs unobserved, with transformers' own eager attention.
+        """
+        layer = self._base.layers[index]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_assigned(layer, self._weights.layer(index)))
+            if stages is None:
+                stack.enter_context(_attribute(self.config, "_attn_implementation", "eager"))
+            else:
+                stack.enter_context(_tapped(layer, stages))
+            returned = layer(hidden, **prelude.calls[index])
+        output: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
+        if stages is not None:
+            stages["post_ffn_residual"] = output[0]
+        return output
+
+    def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        with (
+            torch.no_grad(),
+            _assigned(self._base.norm, {"weight": self._weights.tensor(FINAL_NORM)}),
+        ):
+            normed: torch.Tensor = self._base.norm(hidden)
+            return normed
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    # Without a mask of the same name, transformers hands the attention no mask at all.
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the family's own eager attention and keep what goes in and what comes between.
+
+    ``query`` is (1, nq, T, D), ``key`` and ``value`` (1, nkv, T, D), both after RoPE.
+    """
+    family = sys.modules[type(module).__module__]
+    output, probabilities = family.eager_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    stages = getattr(module, "aprt_stages", None)
+    if stages is not None:
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+        stages["q_post_rope"] = query[0].transpose(0, 1).flatten(1)  # (T, nq*D)
+        stages["k_post_rope"] = key[0].transpose(0, 1).flatten(1)  # (T, nkv*D)
+        stages["attn_scores"] = scores[0]  # (nq, T, T)
+        stages["attn_softmax"] = probabilities[0]  # (nq, T, T)
+    return output, probabilities
+
+
+@contextmanager
+def _tapped(layer: nn.Module, stages: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Fill ``stages`` from hooks on the layer's modules while the layer runs."""
+    attention = layer.get_submodule("self_attn")
+    projections = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+    raw: list[torch.Tensor] = []
+    biased: list[torch.Tensor] = []
+
+    def keep(name: str, part: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            stages[name] = (inputs[0] if part == "input" else output)[0]
+
+        return hook
+
+    def project(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        raw.append(nn.functional.linear(inputs[0], module.weight)[0])  # type: ignore[arg-type]
+        biased.append(output[0])
+
+    handles = [p.register_forward_hook(project) for p in projections]
+    handles += [
+        layer.get_submodule(path).register_forward_hook(keep(name, part))
+        for name, (path, part) in TAPS.items()
+    ]
+    attention.aprt_stages = stages  # type: ignore[assignment]
+    try:
+        yield
+        stages["qkv_matmul"] = torch.cat(raw, dim=-1)
+        if any(p.bias is not None for p in projections):
+            stages["qkv_bias"] = torch.cat(biased, dim=-1)
+    finally:
+        del attention.aprt_stages
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _assigned(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give a meta module real weights, without a copy, and take them away again."""
+    module.load_state_dict(tensors, assign=True)
+    try:
+        yield
+    finally:
+        module.to("meta")
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward  # shadows the class's method
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,126 @@
+"""Which tests a run consists of, and what each one's outcome is: read from the report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_aprt.facts import FACTS
+from pytest_aprt.selftest import NAMES
+from pytest_aprt.stages import Point
+
+if TYPE_CHECKING:
+    from pytest_aprt.pair import Headers
+    from pytest_aprt.report import Report
+
+GATE = "gate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a test reports: passed, failed, skipped or xfailed, the text, and its numbers."""
+
+    outcome: str
+    text: str = ""
+    properties: dict[str, Any] = field(default_factory=dict)
+
+
+def test_names(headers: Headers, points: Iterable[Point]) -> list[str]:
+    """Return the names of all tests in the order of the ladder, from headers alone."""
+    names = [f"selftest-{name}" for name in NAMES]
+    names += [f"config-{name}" for name in FACTS]
+    names += [f"weights-{name}" for name in _tensor_names(headers)]
+    names += [str(point) for point in points]
+    return [*names, GATE]
+
+
+def _tensor_names(headers: Headers) -> list[str]:
+    architecture, tensors = headers.architecture, headers.gguf.tensors
+    expected = [
+        architecture.layer_tensor(layer, suffix)
+        for layer in range(headers.model_facts.layers)
+        for suffix in architecture.layer_tensors
+        if suffix not in architecture.optional_tensors
+    ]
+    if not headers.oracle.config.get("tie_word_embeddings", False):
+        expected.append("output.weight")
+    names = dict.fromkeys([*expected, *tensors])
+    return [name for name in names if name not in architecture.parameter_tensors]
+
+
+def outcome_of(report: Report, name: str) -> Outcome:
+    """Return the outcome of the test ``name``."""
+    kind, dash, rest = name.partition("-")
+    if name == GATE:
+        return _gate(report)
+    if dash and kind in _RUNGS:
+        return _RUNGS[kind](report, rest)
+    return _point(report, name)
+
+
+def _gate(report: Report) -> Outcome:
+    from pytest_aprt.verdict import VERDICTS
+
+    verdict = report["verdict"]
+    passed = VERDICTS[verdict["status"]]
+    return Outcome(
+        outcome="passed" if passed else "failed",
+        text=verdict["summary"],
+        properties={"verdict": verdict["status"], "rung": verdict["rung"] or ""},
+    )
+
+
+def _self_test(report: Report, name: str) -> Outcome:
+    test = next(t for t in report["self_test"] if t["name"] == name)
+    return Outcome(
+        outcome="passed" if test["passed"] else "failed",
+        text=f"self-test {name}: {test['detail']}",
+    )
+
+
+def _config(report: Report, name: str) -> Outcome:
+    fact = next(f for f in report["ladder"]["config"] if f["name"] == name)
+    text = (
+        f"config {name}: {fact['model']} in the model ({fact['key']}), {fact['oracle']} in the "
+        f"oracle ({fact['config']})"
+    )
+    properties = {"model": str(fact["model"]), "oracle": str(fact["oracle"])}
+    failed = fact["status"] == "broken"
+    return Outcome(outcome="failed" if failed else "passed", text=text, properties=properties)
+
+
+def _weights(report: Report, name: str) -> Outcome:
+    tensor = next((t for t in report["ladder"]["weights"] if t["name"] == name), None)
+    if tensor is None:
+        if name == "output.weight":
+            return Outcome(outcome="passed", text="tied: judged as token_embd.weight")
+        return Outcome(outcome="skipped", text=f"the run ended before {name} was read")
+    return Outcome(
+        outcome="failed" if tensor["status"] == "broken" else "passed",
+        text=f"weights {name}: {tensor['reason']}",
+        properties={"rel_l2": tensor["rel_l2"], "bound": tensor["bound"], "type": tensor["type"]},
+    )
+
+
+def _point(report: Report, name: str) -> Outcome:
+    from pytest_aprt.render import failure
+
+    point = next(p for p in report["points"] if p["point"] == name)
+    properties: dict[str, Any] = {"status": point["status"]}
+    for error in ("total", "weights", "engine", "local"):
+        metrics = point[error]
+        if metrics is not None:
+            properties[f"{error}_cosine"] = metrics["cosine"]
+            properties[f"{error}_rel_l2"] = metrics["rel_l2"]
+    text = point["reason"]
+    if point["outcome"] == "failed" or point["status"] == "inherited":
+        text = failure.render(report, point)
+    return Outcome(outcome=point["outcome"], text=text, properties=properties)
+
+
+_RUNGS: dict[str, Callable[[Report, str], Outcome]] = {
+    "selftest": _self_test,
+    "config": _config,
+    "weights": _weights,
+}

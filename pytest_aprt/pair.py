@@ -1,0 +1,128 @@
+"""Opens the two sides of a run and makes sure that they can be compared at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_aprt.architectures import Architecture, architecture_of
+from pytest_aprt.errors import ArchitectureError, SourceError
+from pytest_aprt.facts import FACTS, Facts, agree
+from pytest_aprt.sources.gguf import GgufFile
+from pytest_aprt.sources.hf import HfFolder
+from pytest_aprt.stages import StageGraph
+
+if TYPE_CHECKING:
+    from pytest_aprt.weights import GgufWeights, HfWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headers:
+    """Both sides' headers, read without torch: enough to know the points and refuse bad input."""
+
+    gguf: GgufFile
+    oracle: HfFolder
+    architecture: Architecture
+    model_facts: Facts
+    graph: StageGraph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Model and oracle, ready to run."""
+
+    gguf: GgufFile
+    oracle: HfFolder
+    architecture: Architecture
+    model_facts: Facts
+    oracle_facts: Facts
+    config: Any  # transformers' PretrainedConfig
+    model_weights: GgufWeights
+    oracle_weights: HfWeights
+    graph: StageGraph
+
+    @property
+    def witnesses(self) -> frozenset[int | None]:
+        """The layers on which the replay itself is tested: the first of each kind, and the head."""
+        windows = self.oracle_facts.windows
+        return frozenset({windows.index(kind) for kind in windows} | {None})
+
+
+def open_headers(weights: str, oracle: str) -> Headers:
+    """Open a GGUF and an oracle, and check that they are of one family.
+
+    Args:
+        weights: path of the GGUF (any part of a split one).
+        oracle: Hugging Face folder or hub id.
+
+    Raises:
+        AprtError: something is missing, damaged, unknown, or the sides do not fit.
+    """
+    gguf = GgufFile.open(weights)
+    folder = HfFolder.open(oracle)
+    architecture = architecture_of(gguf.architecture, str(folder.config.get("model_type")))
+    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture)
+    _require_tensors(gguf, architecture, facts)
+    return Headers(
+        gguf=gguf,
+        oracle=folder,
+        architecture=architecture,
+        model_facts=facts,
+        graph=architecture.graph(facts.layers),
+    )
+
+
+def open_pair(headers: Headers) -> Pair:
+    """Make a pair ready to run; imports torch and transformers.
+
+    Raises:
+        ArchitectureError: the two sides differ in a size, so that no stage could be compared.
+    """
+    from transformers import AutoConfig
+
+    from pytest_aprt.weights import GgufWeights, HfWeights
+
+    gguf, folder, architecture = headers.gguf, headers.oracle, headers.architecture
+    try:
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{folder.path}/config.json: transformers does not accept it ({error})"
+        ) from error
+    oracle_facts = Facts.from_config(config)
+    for fact in FACTS.values():
+        a, b = getattr(headers.model_facts, fact.field), getattr(oracle_facts, fact.field)
+        if fact.is_size and not agree(a, b):
+            raise ArchitectureError(
+                f"model and oracle differ in {fact.name}: {a} in {gguf.path.name} "
+                f"({architecture.name}.{fact.key}), {b} in the oracle's config.json "
+                f"({fact.config}); give the oracle that the model was made from"
+            )
+    return Pair(
+        gguf=gguf,
+        oracle=folder,
+        architecture=architecture,
+        model_facts=headers.model_facts,
+        oracle_facts=oracle_facts,
+        config=config,
+        model_weights=GgufWeights(gguf, architecture, headers.model_facts),
+        oracle_weights=HfWeights(folder, architecture, oracle_facts),
+        graph=headers.graph,
+    )
+
+
+def _require_tensors(gguf: GgufFile, architecture: Architecture, facts: Facts) -> None:
+    """Refuse a file that no engine could run; an absent bias runs, and is the weights rung's."""
+    needed = ["token_embd.weight", "output_norm.weight"]
+    needed += [
+        architecture.layer_tensor(layer, suffix)
+        for layer in range(facts.layers)
+        for suffix in architecture.layer_tensors
+        if suffix not in architecture.optional_tensors and not suffix.endswith(".bias")
+    ]
+    for name in needed:
+        if name not in gguf.tensors:
+            raise SourceError(
+                f"{gguf.path}: tensor {name} is missing: expected in every "
+                f"{architecture.name} model of {facts.layers} layers; convert the file again"
+            )

@@ -1,0 +1,77 @@
+"""The pytest hooks. Unused, the plugin costs no import of numpy or torch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pytest_aprt.errors import AprtError
+from pytest_aprt.settings import OPTIONS, read_settings
+
+_INI_TYPES: dict[str, Literal["bool", "linelist", "string"]] = {
+    "flag": "bool",
+    "list": "linelist",
+    "value": "string",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add every option and its ini twin."""
+    group = parser.getgroup("aprt", "forward-pass parity (pytest-aprt)")
+    for option in OPTIONS:
+        shown = {"help": option.help, "dest": option.key}
+        if option.kind == "flag":
+            group.addoption(option.flag, action="store_true", default=None, **shown)
+        else:
+            action = "append" if option.kind == "list" else "store"
+            group.addoption(option.flag, action=action, metavar=option.metavar, **shown)
+        parser.addini(
+            option.key,
+            f"{option.help} (as {option.flag})",
+            type=_INI_TYPES[option.kind],
+            default=None,
+        )
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the hook by which an engine of one's own enters."""
+    from pytest_aprt import newhooks
+
+    pluginmanager.add_hookspecs(newhooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Validate the settings and open the files, once, on the controller."""
+    workerinput = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        if "aprt" in workerinput:
+            from pytest_aprt.workbench import Workbench
+
+            config.pluginmanager.register(Workbench.of_worker(config, workerinput["aprt"]))
+        return
+    try:
+        command = shlex.join([Path(sys.argv[0]).name, *config.invocation_params.args])
+        settings = read_settings(lambda key: _option(config, key), command=command)
+        if settings is None:
+            return
+        from pytest_aprt.workbench import Workbench
+
+        config.pluginmanager.register(Workbench.of_controller(config, settings))
+    except AprtError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _option(config: pytest.Config, key: str) -> Any:
+    """Return an option: command line, else ini, else None. Paths of an ini lie beside it."""
+    value = config.getoption(key)
+    if value is not None:
+        return value
+    option = next(option for option in OPTIONS if option.key == key)
+    value = config.getini(key)
+    if value and option.is_path and (config.rootpath / value).exists():
+        return str(config.rootpath / value)
+    return value or None

@@ -1,0 +1,60 @@
+"""The line that is shown while the models run: layer, seconds, memory."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+import pytest
+
+_PLAIN_EVERY_S = 30.0
+
+
+class ProgressLine:
+    """Called after every layer; rewrites one line on a terminal, else prints one every 30 s.
+
+    Args:
+        config: pytest's; without a terminal reporter nothing is shown.
+        started: ``time.monotonic()`` at the start.
+    """
+
+    def __init__(self, config: pytest.Config, started: float) -> None:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        quiet = config.getoption("verbose") < 0
+        self._reporter: pytest.TerminalReporter | None = None if quiet else reporter
+        self._started = self._last = started
+        self._text = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` layers have run, the last being ``what``."""
+        from pytest_aprt.run import peak_rss
+
+        if self._reporter is None:
+            return
+        now = time.monotonic()
+        self._text = (
+            f"aprt: {what} ({done}/{total}), {now - self._started:.1f} s, "
+            f"{peak_rss() / 1e6:,.0f} MB"
+        )
+        if self._reporter.isatty:
+            self._reporter.rewrite(self._text, erase=True)
+        elif now - self._last >= _PLAIN_EVERY_S:
+            self._last = now
+            self._reporter.write_line(self._text)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the line, so that what follows starts on its own."""
+        if self._reporter is None or not self._text:
+            return
+        if self._reporter.isatty:
+            self._reporter.write_line("")
+        else:
+            self._reporter.write_line(self._text)

@@ -1,0 +1,411 @@
+"""The one model of results: ``aprt-report-v1``, as plain JSON types.
+
+Everything that shows results (terminal, Markdown, JUnit, fixtures) reads this and nothing else.
+Numbers that JSON cannot hold are strings: ``"nan"``, ``"inf"``; ``float()`` reads both forms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Union, cast
+
+from pytest_aprt.compare import Metrics, Slice
+from pytest_aprt.errors import SettingsError
+from pytest_aprt.measure import Measurement, PointErrors, Prompt
+from pytest_aprt.rungs import FactRow, TensorRow
+from pytest_aprt.stages import Point
+from pytest_aprt.verdict import Judged, Verdict, previous_good
+
+SCHEMA: Literal["aprt-report-v1"] = "aprt-report-v1"
+
+Number = Union[float, str]  # noqa: UP007 - evaluated at run time on Python 3.10
+
+
+class PromptJson(TypedDict):
+    """A prompt and its token ids."""
+
+    text: str
+    tokens: list[int]
+
+
+class RunJson(TypedDict):
+    """Where, when and how a run took place."""
+
+    id: str
+    started_utc: str
+    wall_s: float
+    peak_rss_bytes: int
+    command: str
+    host: dict[str, Any]
+    versions: dict[str, str]
+    prompts: list[PromptJson]
+
+
+class ModelJson(TypedDict):
+    """The model under test."""
+
+    source: str
+    kind: str
+    engine: str
+    arithmetic: str
+    architecture: str
+    quantisation: dict[str, int]
+    sha256: str
+
+
+class OracleJson(TypedDict):
+    """The Hugging Face model."""
+
+    source: str
+    kind: str
+    architecture: str
+    sha256: str
+
+
+class MetricsJson(TypedDict):
+    """One of the four errors of a point."""
+
+    cosine: Number
+    rel_l2: Number
+    slope: Number
+    norm_ratio: Number
+    max_abs: Number
+    max_abs_at: dict[str, int]
+    rms: Number
+    sqnr_db: Number
+    non_finite: dict[str, int]  # of the left and of the right side of the comparison
+    worst_token: dict[str, Number] | None
+
+
+class SliceJson(TypedDict):
+    """The slice whose local error is largest in units of its tolerance."""
+
+    axis: str
+    index: int | None
+    rel_l2: Number
+
+
+class ToleranceJson(TypedDict):
+    """What rounding explains in the worst slice."""
+
+    rel_l2: Number
+    source: str
+
+
+class ThresholdJson(TypedDict):
+    """The bound on cosine for `engine` and `total`."""
+
+    cosine: float
+    source: str
+
+
+class DiffJson(TypedDict):
+    """One element: where it is, the model's value, and the replay's."""
+
+    at: dict[str, int]
+    model: Number
+    reference: Number
+
+
+class PointJson(TypedDict):
+    """One point on the prompt where it is worst."""
+
+    layer: int | None
+    stage: str
+    point: str
+    shape: list[int]
+    status: str
+    outcome: str
+    reason: str
+    follows: str | None
+    total: MetricsJson | None
+    weights: MetricsJson | None
+    engine: MetricsJson | None
+    local: MetricsJson | None
+    worst_slice: SliceJson | None
+    threshold: ThresholdJson
+    tolerance: ToleranceJson | None
+    prompt: int
+    top_diffs: list[DiffJson]
+
+
+class OriginJson(TypedDict):
+    """A point where error was born."""
+
+    layer: int | None
+    stage: str
+    point: str
+    bracket: list[str]
+    local: MetricsJson | None
+    worst: SliceJson | None
+    hint: str | None
+
+
+class DivergenceJson(TypedDict):
+    """The first origin in computation order."""
+
+    layer: int | None
+    stage: str
+    point: str
+    previous_good: str | None
+
+
+class VerdictJson(TypedDict):
+    """What the run concludes."""
+
+    status: str
+    summary: str
+    rung: str | None
+    first_divergence: DivergenceJson | None
+    origins: list[OriginJson]
+
+
+class SelfTestJson(TypedDict):
+    """One check of the instrument."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class FactJson(TypedDict):
+    """One fact of the config rung."""
+
+    name: str
+    model: Any
+    oracle: Any
+    key: str
+    config: str
+    status: str  # agree, differs (without effect on this run), broken
+
+
+class TensorJson(TypedDict):
+    """One tensor of the weights rung."""
+
+    name: str
+    type: str
+    shape: list[int]
+    rel_l2: Number
+    bound: Number
+    status: str  # pass, broken
+    reason: str
+
+
+class LadderJson(TypedDict):
+    """The rungs beside the stages."""
+
+    config: list[FactJson]
+    weights: list[TensorJson]
+
+
+class Report(TypedDict):
+    """A whole run."""
+
+    schema: str
+    run: RunJson
+    model: ModelJson
+    oracle: OracleJson
+    verdict: VerdictJson
+    self_test: list[SelfTestJson]
+    ladder: LadderJson
+    points: list[PointJson]
+    notes: list[str]
+
+
+def build(
+    *,
+    run: RunJson,
+    model: ModelJson,
+    oracle: OracleJson,
+    measurement: Measurement,
+    facts: list[FactRow],
+    verdict: Verdict,
+    tolerance_source: str,
+    notes: list[str],
+    graph: Any,
+) -> Report:
+    """Put a run's results into the report's form."""
+    by_point: dict[Point, list[PointErrors]] = {}
+    for errors in measurement.errors:
+        by_point.setdefault(errors.point, []).append(errors)
+    first = verdict.first_divergence
+    divergence: DivergenceJson | None = None
+    if first is not None:
+        good = previous_good(first, graph, by_point)
+        divergence = {
+            **_place(first.point),
+            "previous_good": None if good is None else str(good.point),
+        }
+    report: Report = {
+        "schema": SCHEMA,
+        "run": run,
+        "model": model,
+        "oracle": oracle,
+        "verdict": {
+            "status": verdict.status,
+            "summary": verdict.summary,
+            "rung": verdict.rung,
+            "first_divergence": divergence,
+            "origins": [_origin(judged) for judged in verdict.origins],
+        },
+        "self_test": [
+            {"name": t.name, "passed": t.passed, "detail": t.detail} for t in measurement.self_tests
+        ],
+        "ladder": {
+            "config": [_fact(row) for row in facts],
+            "weights": [_tensor(row) for row in measurement.tensors],
+        },
+        "points": [_point(judged, tolerance_source) for judged in verdict.points],
+        "notes": notes,
+    }
+    return report
+
+
+def prompt_json(prompt: Prompt) -> PromptJson:
+    """Return a prompt in the report's form."""
+    return {"text": prompt.text, "tokens": list(prompt.tokens)}
+
+
+def number(value: float) -> Number:
+    """Return a number that JSON can hold: non-finite ones as strings."""
+    return float(value) if math.isfinite(value) else str(value)
+
+
+class _Place(TypedDict):
+    layer: int | None
+    stage: str
+    point: str
+
+
+def _place(point: Point) -> _Place:
+    return {"layer": point.layer, "stage": point.stage, "point": str(point)}
+
+
+def _metrics(m: Metrics | None, left: str, right: str) -> MetricsJson | None:
+    if m is None:
+        return None
+    worst = m.worst_token
+    return {
+        "cosine": number(m.cosine),
+        "rel_l2": number(m.rel_l2),
+        "slope": number(m.slope),
+        "norm_ratio": number(m.norm_ratio),
+        "max_abs": number(m.max_abs),
+        "max_abs_at": m.max_abs_at,
+        "rms": number(m.rms),
+        "sqnr_db": number(m.sqnr_db),
+        "non_finite": {left: m.non_finite_a, right: m.non_finite_b},
+        "worst_token": None if worst is None else {"token": worst[0], "rel_l2": number(worst[1])},
+    }
+
+
+def _slice(s: Slice | None) -> SliceJson | None:
+    return None if s is None else {"axis": s.axis, "index": s.index, "rel_l2": number(s.rel_l2)}
+
+
+def _origin(judged: Judged) -> OriginJson:
+    e = judged.errors
+    return {
+        **_place(judged.point),
+        "bracket": [str(p) for p in (*e.bracket, e.point)] if e and e.bracket else [],
+        "local": _metrics(e.local, "model", "replay") if e else None,
+        "worst": _slice(e.worst) if e else None,
+        "hint": judged.hint,
+    }
+
+
+def _point(judged: Judged, tolerance_source: str) -> PointJson:
+    e = judged.errors
+    tolerance: ToleranceJson | None = None
+    if e and e.worst:
+        tolerance = {"rel_l2": number(e.worst.tolerance), "source": tolerance_source}
+    return {
+        **_place(judged.point),
+        "shape": list(e.shape) if e else [],
+        "status": judged.status,
+        "outcome": judged.outcome,
+        "reason": judged.reason,
+        "follows": judged.follows,
+        "total": _metrics(e.total, "model", "oracle") if e else None,
+        "weights": _metrics(e.weights, "shadow", "oracle") if e else None,
+        "engine": _metrics(e.engine, "model", "shadow") if e else None,
+        "local": _metrics(e.local, "model", "replay") if e else None,
+        "worst_slice": _slice(e.worst) if e else None,
+        "threshold": {"cosine": judged.threshold.cosine, "source": judged.threshold.source},
+        "tolerance": tolerance,
+        "prompt": e.prompt if e else 0,
+        "top_diffs": [
+            {"at": d.at, "model": number(d.a), "reference": number(d.b)}
+            for d in (e.local.top_diffs if e and e.local else ())
+        ],
+    }
+
+
+def _fact(row: FactRow) -> FactJson:
+    return {
+        "name": row.name,
+        "model": _plain(row.model),
+        "oracle": _plain(row.oracle),
+        "key": row.key,
+        "config": row.config,
+        "status": "broken" if row.broken else "agree" if row.agree else "differs",
+    }
+
+
+def _tensor(row: TensorRow) -> TensorJson:
+    return {
+        "name": row.name,
+        "type": row.type,
+        "shape": list(row.shape),
+        "rel_l2": number(row.rel_l2),
+        "bound": number(row.bound),
+        "status": "broken" if row.broken else "pass",
+        "reason": row.reason,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return number(value) if isinstance(value, float) else value
+
+
+def write(report: Report, path: Path) -> None:
+    """Write a report as JSON; a crash leaves the old file or none, never a half one."""
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        SettingsError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write {path}: {error.strerror}; choose another folder with --aprt-report"
+        ) from error
+
+
+def read(path: Path) -> Report:
+    """Read a report that ``write`` wrote."""
+    report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("schema") != SCHEMA:
+        raise SettingsError(f"{path} is no {SCHEMA} report: its schema is {report.get('schema')!r}")
+    return cast(Report, report)

@@ -1,0 +1,175 @@
+"""One run: model, oracle, tokens and settings in, one report out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import uuid
+from collections import Counter
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pytest_aprt import report
+from pytest_aprt.arithmetic import ARITHMETICS
+from pytest_aprt.capture import CheckedEngine, Engine
+from pytest_aprt.errors import SettingsError, SourceError
+from pytest_aprt.forward import BuiltinRunner
+from pytest_aprt.measure import Progress, Prompt, measure_pair
+from pytest_aprt.pair import Headers, Pair, open_pair
+from pytest_aprt.rungs import fact_rows
+from pytest_aprt.settings import Settings
+from pytest_aprt.verdict import Threshold, conclude
+
+_VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safetensors", "gguf")
+
+
+def run(
+    headers: Headers, settings: Settings, user_engine: Any | None, progress: Progress
+) -> report.Report:
+    """Run model and oracle on the prompts and judge every point.
+
+    Args:
+        headers: the opened files.
+        settings: what was asked.
+        user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
+        progress: told after every layer.
+
+    Raises:
+        AprtError: the input cannot be run.
+    """
+    started, clock = datetime.now(timezone.utc), time.monotonic()
+    pair = open_pair(headers)
+    prompts = prompts_of(settings, pair)
+    engine, name = _engine(pair, settings, user_engine)
+    arithmetic = ARITHMETICS["float32" if settings.arithmetic == "auto" else settings.arithmetic]
+    points = settings.points(pair.graph)
+    measurement = measure_pair(pair, engine, prompts, points, arithmetic, progress)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    facts = fact_rows(pair, longest)
+    thresholds = {
+        stage: Threshold(cosine=cosine, source=source)
+        for stage, (cosine, source) in settings.thresholds.items()
+    }
+    verdict = conclude(pair.graph, points, measurement, facts, thresholds, strict=settings.strict)
+    return report.build(
+        run={
+            "id": uuid.uuid4().hex,
+            "started_utc": started.isoformat(timespec="seconds"),
+            "wall_s": round(time.monotonic() - clock, 3),
+            "peak_rss_bytes": peak_rss(),
+            "command": settings.command,
+            "host": _host(),
+            "versions": _versions(),
+            "prompts": [report.prompt_json(prompt) for prompt in prompts],
+        },
+        model={
+            "source": settings.model,
+            "kind": settings.model_kind,
+            "engine": name,
+            "arithmetic": arithmetic.name,
+            "architecture": pair.architecture.name,
+            "quantisation": dict(Counter(t.type for t in pair.gguf.tensors.values()).most_common()),
+            "sha256": pair.gguf.sha256(),
+        },
+        oracle={
+            "source": settings.oracle,
+            "kind": "huggingface",
+            "architecture": str(pair.oracle.config.get("model_type")),
+            "sha256": pair.oracle.sha256(),
+        },
+        measurement=measurement,
+        facts=facts,
+        verdict=verdict,
+        tolerance_source=f"{arithmetic.name}: {arithmetic.source}",
+        notes=_notes(prompts),
+        graph=pair.graph,
+    )
+
+
+def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
+    """Return the prompts as the oracle's tokenizer splits them, or the ids that were given.
+
+    Raises:
+        SettingsError: a prompt without tokens, or an id outside the vocabulary.
+        SourceError: the oracle has no tokenizer.
+    """
+    prompts = [Prompt(text="", tokens=tokens) for tokens in settings.tokens]
+    if settings.prompts:
+        tokenizer = _tokenizer(pair)
+        prompts += [
+            Prompt(text=text, tokens=tuple(tokenizer(text)["input_ids"]))
+            for text in settings.prompts
+        ]
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise SettingsError(f"prompt {prompt.text!r} has no tokens: expected some text")
+        for token in prompt.tokens:
+            if not 0 <= token < pair.oracle_facts.vocab:
+                raise SettingsError(
+                    f"token id {token} is outside the vocabulary: expected 0 to "
+                    f"{pair.oracle_facts.vocab - 1}"
+                )
+    return prompts
+
+
+def _tokenizer(pair: Pair) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(pair.oracle.path, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{pair.oracle.path}: the oracle has no tokenizer that transformers can load "
+            f"({str(error).splitlines()[0]}); give token ids with --aprt-tokens instead"
+        ) from error
+
+
+def _engine(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[Engine, str]:
+    if user_engine is not None:
+        name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
+        return CheckedEngine(user_engine, pair.graph, pair.oracle_facts, name), name
+    if settings.model_kind == "dump":
+        from pytest_aprt.dump import DumpRunner
+
+        dump = DumpRunner.open(settings.model)
+        return CheckedEngine(dump, pair.graph, pair.oracle_facts, settings.model), "dump"
+    return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin"
+
+
+def _notes(prompts: list[Prompt]) -> list[str]:
+    if all(len(prompt.tokens) == 1 for prompt in prompts):
+        return [
+            "every prompt is a single token: position 0 is blind to RoPE, masks and most attention "
+            "faults; use a longer prompt"
+        ]
+    return []
+
+
+def peak_rss() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _host() -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,164 @@
+"""The capture's self-test: the first suspect is the instrument.
+
+Each check is one line of ``NAMES``. A check that fails makes the run inconclusive and says why; a
+check that had nothing to look at fails too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pytest_aprt.capture import LayerStages
+from pytest_aprt.compare import View, judge, measure
+from pytest_aprt.replay import Reference
+from pytest_aprt.stages import Point
+
+if TYPE_CHECKING:
+    from pytest_aprt.oracle import TransformersRunner
+    from pytest_aprt.pair import Pair
+
+NAMES = {
+    "tokens": "both sides are given the same token ids",
+    "capture": "counts, shapes and layers are those of the architecture",
+    "layers": "no two layers of the model's capture are identical",
+    "repeat": "an oracle layer run twice gives the same bits",
+    "hooks": "capture changes no bit of the oracle",
+    "replay": "the replay reproduces transformers' own stages",
+    "canary": "one changed value in the model's capture is found, and where it is",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTest:
+    """The outcome of one check."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Checks:
+    """Collects what the checks see while the runs go by.
+
+    Args:
+        pair: the opened model and oracle.
+        tolerance: of the engine's arithmetic, for the canary.
+    """
+
+    REPLAY_TOLERANCE = 1e-5  # transformers computes in float32, whatever the engine does
+
+    def __init__(self, pair: Pair, tolerance: float) -> None:
+        self._pair, self._tolerance = pair, tolerance
+        self._failures: dict[str, str] = {}
+        self._seen: dict[str, int] = dict.fromkeys(NAMES, 0)
+        self._worst_replay: tuple[float, Point] | None = None
+        self._layers: dict[tuple[int, bytes], int] = {}
+
+    def fail(self, name: str, reason: str) -> None:
+        """Record that a check failed; the first reason stays."""
+        self._failures.setdefault(name, reason)
+
+    def tokens(self, tokens: Sequence[int]) -> None:
+        """Both sides are handed these very ids; they must be in the vocabulary."""
+        self._seen["tokens"] += len(tokens)
+        vocabulary = self._pair.oracle_facts.vocab
+        beyond = [token for token in tokens if not 0 <= token < vocabulary]
+        if beyond:
+            self.fail("tokens", f"token id {beyond[0]} is outside the vocabulary of {vocabulary}")
+
+    def layer(self, prompt: int, captured: LayerStages) -> None:
+        """No layer of a prompt may equal another in every stage."""
+        self._seen["capture"] += len(captured.stages)
+        digest = hashlib.sha256()
+        compared = 0
+        for name, tensor in sorted(captured.stages.items()):
+            if name == "attn_softmax":  # a single token's probabilities are all 1 in every layer
+                continue
+            compared += 1
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        if captured.layer is None or not compared:
+            return
+        self._seen["layers"] += 1
+        twin = self._layers.setdefault((prompt, digest.digest()), captured.layer)
+        if twin != captured.layer:
+            self.fail("layers", f"layers {twin} and {captured.layer} hold the same bytes in every "
+                      "stage: one capture was written twice, or the layer did not run")  # fmt: skip
+
+    def oracle_layer(self, oracle: TransformersRunner, tokens: Sequence[int]) -> None:
+        """Run the oracle's first layer again, observed and unobserved."""
+        prelude = oracle.prelude(tokens)
+        first: dict[str, Tensor] = {}
+        again: dict[str, Tensor] = {}
+        oracle.run_layer(0, prelude.hidden, prelude, first)
+        oracle.run_layer(0, prelude.hidden, prelude, again)
+        unobserved = oracle.run_layer(0, prelude.hidden, prelude, None)[0]
+        self._seen["repeat"] += len(first)
+        self._seen["hooks"] += 1
+        for name, value in first.items():
+            if not torch.equal(value, again[name]):
+                self.fail(
+                    "repeat", f"L00-{name} of the oracle differs between two runs of one input"
+                )
+        if not torch.equal(unobserved, first["post_ffn_residual"]):
+            self.fail("hooks", "L00-post_ffn_residual of the oracle differs when it is observed")
+
+    def replay(self, point: Point, shadow: Tensor, reference: Reference, view: View) -> None:
+        """Judge transformers' own stage on the model's weights by the replay."""
+        worst = judge(shadow, reference, view, self.REPLAY_TOLERANCE)
+        if worst is None:
+            return
+        self._seen["replay"] += 1
+        if self._worst_replay is None or worst.excess > self._worst_replay[0]:
+            self._worst_replay = (worst.excess, point)
+        if worst.excess > 1:
+            self.fail("replay", f"{point} of transformers is {worst.rel_l2:.1e} from its replay "
+                      f"(tolerance {worst.tolerance:.1e}): this model computes something that the "
+                      "table of architectures does not say")  # fmt: skip
+
+    def canary(self, point: Point, value: Tensor, reference: Reference, view: View) -> None:
+        """Turn the sign of the largest value in a copy: the comparison must find that element."""
+        if self._seen["canary"] or not bool(torch.isfinite(value).all()) or not bool(value.any()):
+            return
+        self._seen["canary"] += 1
+        place = int((value.abs() * view.counted(view(value).shape).reshape(value.shape)).argmax())
+        changed = value.clone()
+        changed.view(-1)[place] *= -1
+        expected = [int(i) for i in torch.unravel_index(torch.tensor(place), view(value).shape)]
+        found = measure(changed, value, view).max_abs_at
+        worst = judge(changed, Reference(value, reference.response), view, self._tolerance)
+        if worst is None or worst.excess <= 1 or list(found.values()) != expected:
+            self.fail(
+                "canary", f"a changed element of {point} was not found: the comparison is blind"
+            )
+
+    def results(self) -> list[SelfTest]:
+        """Return the outcome of every check, in the order of NAMES."""
+        return [
+            SelfTest(name=name, passed=not self._reason(name), detail=self._reason(name) or what)
+            for name, what in self._details().items()
+        ]
+
+    def _reason(self, name: str) -> str:
+        if name in self._failures:
+            return self._failures[name]
+        return "" if self._seen[name] else f"nothing could be checked ({NAMES[name]})"
+
+    def _details(self) -> dict[str, str]:
+        seen = self._seen
+        details = {
+            **NAMES,
+            "tokens": f"{NAMES['tokens']}: {seen['tokens']} ids",
+            "capture": f"{NAMES['capture']}: {seen['capture']} stages",
+        }
+        if self._worst_replay:
+            excess, point = self._worst_replay
+            error = excess * self.REPLAY_TOLERANCE
+            details["replay"] += f": {seen['replay']} points, worst {point} at {error:.0e}"
+        return details

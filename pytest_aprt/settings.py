@@ -1,0 +1,241 @@
+"""What was asked: every option once, as a table, and the validated result.
+
+Command line beats ini beats default. Nothing here opens a file or imports numpy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_aprt.errors import SettingsError
+from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
+
+DEFAULT_PROMPT = "What is 2+2?"
+DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
+ENGINES = ("auto", "builtin")
+ARITHMETIC_NAMES = ("auto", "float32")
+PYTHON_PREFIX = "python:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option ``--aprt-<name>`` and its ini twin ``aprt_<name>``."""
+
+    name: str
+    kind: Literal["value", "list", "flag"]
+    help: str
+    metavar: str | None = None
+    is_path: bool = False  # a relative path in an ini file is meant from there
+
+    @property
+    def flag(self) -> str:
+        """The option as typed."""
+        return f"--aprt-{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The ini name, which is also the option's dest."""
+        return "aprt_" + self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option(name="model", kind="value", metavar="SOURCE", is_path=True,
+           help="Model under test: a GGUF file, a folder of APRT dumps, or python:module:factory"),
+    Option(name="oracle", kind="value", metavar="SOURCE", is_path=True,
+           help="Hugging Face model that the model was made from: a folder or a hub id"),
+    Option(name="weights", kind="value", metavar="GGUF", is_path=True,
+           help="GGUF whose weights a dump or an engine of one's own ran on"),
+    Option(name="engine", kind="value", metavar="NAME",
+           help=f"What runs the model: {', '.join(ENGINES)}"),
+    Option(name="prompt", kind="list", metavar="TEXT",
+           help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
+    Option(name="tokens", kind="list", metavar="IDS",
+           help="Token ids to run instead of a prompt, such as 3838,374,220; repeatable"),
+    Option(name="stages", kind="value", metavar="STAGES",
+           help="Stages to judge: all, or a list such as attn_norm,q_post_rope"),
+    Option(name="layers", kind="value", metavar="LAYERS",
+           help="Layers to judge: all, 0..4 (end exclusive), or 0,13,27"),
+    Option(name="min-cosine", kind="value", metavar="COS",
+           help=f"Threshold on cosine of every stage; default {DEFAULT_COSINE}"),
+    Option(name="threshold", kind="list", metavar="STAGE=COS",
+           help="Threshold on cosine of one stage, repeatable"),
+    Option(name="arithmetic", kind="value", metavar="NAME",
+           help=f"How the engine rounds: {', '.join(ARITHMETIC_NAMES)}"),
+    Option(name="strict", kind="flag",
+           help="Fail every point whose total is below its threshold, noise or not"),
+    Option(name="report", kind="value", metavar="DIR",
+           help="Folder for report.json and report.md"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The validated settings of one run.
+
+    ``thresholds`` gives each stage its cosine and where that was set. ``weights`` is the GGUF
+    behind the model, which is the model itself where that is a GGUF.
+    """
+
+    model: str
+    model_kind: Literal["gguf", "dump", "python"]
+    oracle: str
+    weights: str
+    engine: str
+    prompts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    stages: frozenset[str]
+    layers: str
+    thresholds: Mapping[str, tuple[float, str]]
+    arithmetic: str
+    strict: bool
+    report: Path | None
+    command: str
+
+    def points(self, graph: StageGraph) -> list[Point]:
+        """Return the points to judge, in computation order.
+
+        Raises:
+            SettingsError: the selection is empty or names a layer that the model lacks.
+        """
+        layers = _layers(self.layers, graph.n_layers)
+        chosen = [
+            p
+            for p in graph.points
+            if p.stage in self.stages and (p.layer is None or p.layer in layers)
+        ]
+        if not chosen:
+            raise SettingsError(
+                "--aprt-stages and --aprt-layers select no point of this model: expected some"
+            )
+        return chosen
+
+
+Get = Callable[[str], Any]
+"""Looks an option up by its key; None where neither command line nor ini sets it."""
+
+
+def read_settings(get: Get, *, command: str) -> Settings | None:
+    """Return the settings, or None where no model is given and there is nothing to do.
+
+    Args:
+        get: looks an option up.
+        command: the command line, for the report.
+
+    Raises:
+        SettingsError: a value is not valid; the message says what is.
+    """
+    model = get("aprt_model")
+    if not model:
+        return None
+    oracle = get("aprt_oracle")
+    if not oracle:
+        raise SettingsError(
+            "--aprt-model needs --aprt-oracle: expected the Hugging Face folder or hub id that the "
+            "model was made from"
+        )
+    kind = _kind(model)
+    weights = get("aprt_weights") or (model if kind == "gguf" else None)
+    if not weights:
+        raise SettingsError(
+            f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it ran on"
+        )
+    prompts, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
+    default = get("aprt_min_cosine")
+    cosine = DEFAULT_COSINE if default is None else _cosine("--aprt-min-cosine", default)
+    source = "default" if default is None else "--aprt-min-cosine"
+    report = get("aprt_report")
+    return Settings(
+        model=model,
+        model_kind=kind,
+        oracle=oracle,
+        weights=weights,
+        engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
+        prompts=prompts or (() if tokens else (DEFAULT_PROMPT,)),
+        tokens=tuple(_ids(text) for text in tokens),
+        stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
+        layers=get("aprt_layers") or "all",
+        thresholds=_thresholds(cosine, source, get("aprt_threshold") or ()),
+        arithmetic=_one_of("--aprt-arithmetic", get("aprt_arithmetic") or "auto", ARITHMETIC_NAMES),
+        strict=bool(get("aprt_strict")),
+        report=Path(report) if report else None,
+        command=command,
+    )
+
+
+def _kind(model: str) -> Literal["gguf", "dump", "python"]:
+    if model.startswith(PYTHON_PREFIX):
+        return "python"
+    path = Path(model)
+    if path.is_dir():
+        return "dump"
+    if path.is_file():
+        return "gguf"
+    raise SettingsError(
+        f"--aprt-model={model}: no such file or folder; expected a GGUF file, a folder of APRT "
+        "dumps, or python:module:factory"
+    )
+
+
+def _one_of(flag: str, value: str, valid: Sequence[str]) -> str:
+    if value not in valid:
+        raise SettingsError(f"{flag}={value} is not valid: expected one of {', '.join(valid)}")
+    return value
+
+
+def _cosine(flag: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -1 <= value <= 1:
+        raise SettingsError(f"{flag}={text} is not valid: expected a cosine such as 0.999")
+    return value
+
+
+def _thresholds(
+    cosine: float, source: str, overrides: Sequence[str]
+) -> dict[str, tuple[float, str]]:
+    thresholds = dict.fromkeys(STAGES, (cosine, source))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(
+                f"--aprt-threshold={text} is not valid: expected STAGE=COS, such as lm_head=0.99"
+            )
+        flag = f"--aprt-threshold={name.strip()}"
+        thresholds[stage_named(name).name] = (_cosine(flag, value), flag)
+    return thresholds
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\s*\d+(\s*[,\s]\s*\d+)*\s*", text):
+        raise SettingsError(
+            f"--aprt-tokens={text} is not valid: expected token ids such as 3838,374,220"
+        )
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def _layers(text: str, count: int) -> range | set[int]:
+    """Return the layers that a selection names; ``A..B`` excludes B, as ``apr trace`` does."""
+    wrong = SettingsError(
+        f"--aprt-layers={text} is not valid: expected all, A..B with 0 <= A < B <= {count}, or "
+        f"numbers below {count} such as 0,{count - 1}"
+    )
+    text = text.strip().lower()
+    if text == "all":
+        return range(count)
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        start, stop = int(span[1]), int(span[2])
+        if not start < stop <= count:
+            raise wrong
+        return range(start, stop)
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        raise wrong
+    chosen = {int(part) for part in text.split(",")}
+    if max(chosen) >= count:
+        raise wrong
+    return chosen

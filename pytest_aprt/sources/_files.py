@@ -1,0 +1,129 @@
+"""What all sources share: refusing what is no plain file, hashing, and one-line error texts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pytest_aprt.errors import SourceError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def one_line(thing: object) -> str:
+    """Return the text of ``thing`` with every unprintable character escaped, surrogates too."""
+    text = str(thing)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what ``error`` says, without errno and file names."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return one_line(text.splitlines()[0].strip())
+
+
+def file_size(path: Path, expected: str) -> int:
+    """Return the size in bytes of the plain file at ``path``.
+
+    A pipe or a device is refused before it is opened, since opening it may block for ever.
+
+    Args:
+        path: the file; symbolic links are followed.
+        expected: what should be there, for the message: ``"a GGUF file"``.
+
+    Raises:
+        SourceError: nothing there, no permission, a loop of links, or no plain file.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise SourceError(
+            f"{one_line(path)}: expected {expected}, found nothing: check the path"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise SourceError(f"{one_line(path)}: cannot be opened: {reason(error)}") from None
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    found = next((kind for test, kind in _KINDS if test(status.st_mode)), "no plain file")
+    raise SourceError(f"{one_line(path)}: expected {expected}, found {found}: name a file")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that the file holds.
+
+    Raises:
+        SourceError: the file cannot be read, is no valid JSON, or holds no object.
+    """
+    file_size(path, "a JSON file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{one_line(path)}: cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{one_line(path)}: expected valid JSON, found: {reason(error)}: fetch or write it anew"
+        ) from None
+    if not isinstance(value, dict):
+        raise SourceError(
+            f"{one_line(path)}: expected a JSON object, found a {type(value).__name__}"
+        )
+    return value
+
+
+def sha256_of(paths: Iterable[Path]) -> str:
+    """Return the hex SHA-256 of the files' bytes one after another, as ``cat ... | sha256sum``.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise SourceError(f"{one_line(path)}: cannot be read: {reason(error)}") from None
+    return digest.hexdigest()
+
+
+def no_such_tensor(path: Path, name: str, names: Iterable[str]) -> SourceError:
+    """Return the error for a tensor that a file lacks; it names the three closest there are."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    nearest = f"the closest are {', '.join(close)}" if close else "none has a similar name"
+    return SourceError(
+        f"{one_line(path)}: no tensor {one_line(name)!r}: of its {len(known)} tensors "
+        f"{one_line(nearest)}"
+    )
+
+
+def rows_within(path: Path, name: str, indices: Iterable[int], n_rows: int) -> list[int]:
+    """Return ``indices`` as a list of ints, each checked to be a row of the tensor ``name``.
+
+    Raises:
+        SourceError: an index is negative or past the last row.
+    """
+    wanted = [int(index) for index in indices]
+    for index in wanted:
+        if not 0 <= index < n_rows:
+            raise SourceError(
+                f"{one_line(path)}: tensor {one_line(name)!r}: row {index} was asked for, expected "
+                f"0 to {n_rows - 1}: were the tokens made for another vocabulary?"
+            )
+    return wanted

@@ -1,0 +1,336 @@
+"""From errors to statuses, origins and one verdict.
+
+Works on numbers alone. The status of a point is the first row of ``STATUSES`` that fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pytest_aprt.compare import Metrics
+from pytest_aprt.hints import hint_for
+from pytest_aprt.measure import Measurement, PointErrors
+from pytest_aprt.rungs import STAGE_OF_TENSOR, FactRow, TensorRow
+from pytest_aprt.stages import STAGES, Point, StageGraph
+
+STATUSES = {
+    # status: outcome of its test
+    "missing": "skipped",
+    "inconclusive": "skipped",
+    "diverged": "failed",
+    "inherited": "xfailed",
+    "drift": "passed",
+    "noise": "passed",
+    "pass": "passed",
+}
+
+_SEVERITY = ("missing", "inconclusive", "pass", "noise", "drift", "inherited", "diverged")
+
+VERDICTS = {
+    # verdict: whether the gate lets it pass
+    "PARITY": True,
+    "QUANTISATION_NOISE": True,
+    "DIVERGED": False,
+    "INCONCLUSIVE": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """A bound on cosine that a test asserts, and where it was set."""
+
+    cosine: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One point's status, on the prompt where it is worst.
+
+    ``follows`` names what it inherits from: an origin, a fact or a tensor.
+    """
+
+    point: Point
+    status: str
+    outcome: str
+    reason: str
+    follows: str | None
+    threshold: Threshold
+    errors: PointErrors | None  # None where the run ended before the point
+    hint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a run concludes."""
+
+    status: str
+    summary: str
+    rung: str | None
+    points: list[Judged]
+    origins: list[Judged] = field(default_factory=list)
+
+    @property
+    def first_divergence(self) -> Judged | None:
+        """The first origin in computation order."""
+        return self.origins[0] if self.origins else None
+
+
+@dataclass(frozen=True)
+class _Causes:
+    """What is known to be broken, by the stage where it enters."""
+
+    origins: frozenset[Point]
+    facts: Mapping[str, str]  # stage -> fact that feeds it
+    tensors: Mapping[Point, str]  # point -> tensor that it reads
+
+    def behind(self, point: Point, graph: StageGraph) -> tuple[list[str], list[str]]:
+        """Return what may explain a point's `engine` error, and what its `total` error."""
+        line = sorted(graph.ancestors(point) | {point}, key=graph.order)
+        facts = [f"config-{self.facts[p.stage]}" for p in line if p.stage in self.facts]
+        origins = [str(p) for p in line if p in self.origins and p != point]
+        tensors = [f"weights-{self.tensors[p]}" for p in line if p in self.tensors]
+        return facts + origins, facts + tensors + origins
+
+
+def conclude(
+    graph: StageGraph,
+    selected: Sequence[Point],
+    measurement: Measurement,
+    facts: Sequence[FactRow],
+    thresholds: Mapping[str, Threshold],
+    *,
+    strict: bool = False,
+) -> Verdict:
+    """Judge every point and the run.
+
+    Args:
+        graph: the points of the model.
+        selected: those to judge, in computation order.
+        measurement: all errors, tensors and self-tests.
+        facts: the config rung.
+        thresholds: of each stage, on `engine` and `total`.
+        strict: fail every point whose `total` is below its threshold.
+    """
+    broken_facts = [row for row in facts if row.broken]
+    broken_tensors = [row for row in measurement.tensors if row.broken]
+    fed = {stage: row.name for row in reversed(broken_facts) for stage in row.feeds}
+    causes = _Causes(
+        origins=frozenset(
+            e.point for e in measurement.errors if _is_origin(e) and e.point.stage not in fed
+        ),
+        facts=fed,
+        tensors={_entry(row, graph): row.name for row in reversed(broken_tensors)},
+    )
+    by_point: dict[Point, list[PointErrors]] = {point: [] for point in selected}
+    for errors in measurement.errors:
+        by_point[errors.point].append(errors)
+    points = [
+        _judge_point(point, by_point[point], causes, graph, thresholds[point.stage], strict)
+        for point in selected
+    ]
+    origins = [judged for judged in points if judged.status == "diverged"]
+    failed = [test for test in measurement.self_tests if not test.passed]
+    judged = [p for p in points if p.status not in ("missing", "inconclusive")]
+    rung: str | None
+    if failed:
+        status, rung = "INCONCLUSIVE", "self-test"
+        summary = f"the self-test {failed[0].name!r} failed: {failed[0].detail}"
+    elif not judged:
+        status, rung = "INCONCLUSIVE", "stages"
+        summary = "no point could be judged: " + (points[0].reason if points else "there is none")
+    else:
+        rung = "config" if broken_facts else "weights" if broken_tensors else None
+        rung = rung or ("stages" if origins else None)
+        status = "DIVERGED" if rung else _quiet_status(judged)
+        summary = _summary(rung, broken_facts, broken_tensors, origins, judged, graph, by_point)
+    return Verdict(
+        status=status, summary=f"{status}: {summary}", rung=rung, points=points, origins=origins
+    )
+
+
+def _judge_point(
+    point: Point,
+    prompts: Sequence[PointErrors],
+    causes: _Causes,
+    graph: StageGraph,
+    threshold: Threshold,
+    strict: bool,
+) -> Judged:
+    if not prompts:
+        return Judged(point=point, status="inconclusive", outcome="skipped", follows=None,
+                      reason="the run ended before this point", threshold=threshold,
+                      errors=None)  # fmt: skip
+    judged = [_status(errors, causes, graph, threshold) for errors in prompts]
+    worst = max(
+        range(len(prompts)),
+        key=lambda i: (_SEVERITY.index(judged[i][0]), _size(prompts[i])),
+    )
+    status, reason, follows = judged[worst]
+    errors = prompts[worst]
+    outcome = STATUSES[status]
+    below = [e for e in prompts if e.total is not None and is_below(e.total, threshold.cosine)]
+    if strict and below and outcome in ("passed", "xfailed"):
+        outcome = "failed"
+        errors = min(below, key=lambda e: e.total.cosine if e.total else math.inf)
+        reason = f"--aprt-strict: total below its threshold; {reason}".rstrip("; ")
+    return Judged(
+        point=point,
+        status=status,
+        outcome=outcome,
+        reason=reason,
+        follows=follows,
+        threshold=threshold,
+        errors=errors,
+        hint=hint_for(STAGES[point.stage], errors) if status == "diverged" else None,
+    )
+
+
+def _status(
+    e: PointErrors, causes: _Causes, graph: StageGraph, threshold: Threshold
+) -> tuple[str, str, str | None]:
+    """Return status, reason and what it follows from, for one prompt."""
+    if e.missing:
+        return "missing", "the model's side does not expose this stage", None
+    explains_engine, explains_total = causes.behind(e.point, graph)
+    born_here = _is_origin(e)
+    if e.worst is None and not born_here and not (e.engine and e.engine.non_finite_a):
+        return "inconclusive", "no row is finite on both sides", None
+    if born_here and e.point.stage not in causes.facts:
+        return "diverged", "", None
+    if e.engine is not None and (born_here or is_below(e.engine, threshold.cosine)):
+        if explains_engine:
+            return "inherited", f"follows from {explains_engine[0]}", explains_engine[0]
+        return "drift", "rounding adds up: no origin upstream", None
+    if e.total is not None and is_below(e.total, threshold.cosine):
+        if explains_total:
+            return "inherited", f"follows from {explains_total[0]}", explains_total[0]
+        return "noise", "the quantised weights explain it", None
+    return "pass", "", None
+
+
+def _is_origin(e: PointErrors) -> bool:
+    return e.born_non_finite > 0 or (e.worst is not None and e.worst.excess > 1)
+
+
+def is_below(metrics: Metrics, cosine: float) -> bool:
+    """Return whether metrics miss a cosine threshold; new non-finite values and a norm that
+    vanished on one side do."""  # noqa: D205, D209
+    if metrics.non_finite_a > metrics.non_finite_b:
+        return True
+    if metrics.compared == 0 or metrics.rel_l2 == 0:
+        return False
+    return not metrics.cosine >= cosine
+
+
+def _size(e: PointErrors) -> float:
+    """Order prompts of one status: the larger local excess, then the larger distance, is worse."""
+    excess = e.worst.excess if e.worst else 0.0
+    distance = e.total.rel_l2 if e.total and e.total.compared else 0.0
+    return max(excess - 1, 0.0) + distance
+
+
+def _entry(row: TensorRow, graph: StageGraph) -> Point:
+    stage = STAGE_OF_TENSOR.get(row.suffix)
+    if stage is None or stage not in {s.name for s in graph.stages}:
+        return graph.points[0]  # no stage reads it; an engine may, anywhere
+    layer = row.layer if row.layer is not None else (0 if STAGES[stage].per_layer else None)
+    return Point(layer, stage)
+
+
+def _quiet_status(judged: Sequence[Judged]) -> str:
+    loud = [p for p in judged if p.status in ("noise", "drift")]
+    return "QUANTISATION_NOISE" if loud else "PARITY"
+
+
+def _summary(
+    rung: str | None,
+    facts: Sequence[FactRow],
+    tensors: Sequence[TensorRow],
+    origins: Sequence[Judged],
+    judged: Sequence[Judged],
+    graph: StageGraph,
+    by_point: Mapping[Point, Sequence[PointErrors]],
+) -> str:
+    if rung == "config":
+        fact = facts[0]
+        return f"config {fact.name} is {fact.model} in the model, {fact.oracle} in the oracle" + (
+            _further(len(facts) - 1, "fact") + _origins_too(origins)
+        )
+    if rung == "weights":
+        tensor = tensors[0]
+        return f"weights {tensor.name} {tensor.reason}" + (
+            _further(len(tensors) - 1, "tensor") + _origins_too(origins)
+        )
+    if rung == "stages":
+        return _first_origin(origins, graph, by_point)
+    lowest = min(judged, key=_total_cosine)
+    cosine, where = _total_cosine(lowest), lowest.point
+    if _quiet_status(judged) == "PARITY":
+        return f"all {len(judged)} points agree (lowest cosine {cosine:.6f} at {where})"
+    counts = {s: sum(p.status == s for p in judged) for s in ("noise", "drift")}
+    return (
+        "no stage adds error of its own; the weights explain the distance "
+        f"(lowest cosine {cosine:.4f} at {where}; {counts['noise']} points in noise, "
+        f"{counts['drift']} in drift)"
+    )
+
+
+def _total_cosine(judged: Judged) -> float:
+    total = judged.errors.total if judged.errors else None
+    return total.cosine if total and not math.isnan(total.cosine) else math.inf
+
+
+def _first_origin(
+    origins: Sequence[Judged], graph: StageGraph, by_point: Mapping[Point, Sequence[PointErrors]]
+) -> str:
+    first = origins[0]
+    text = f"first at {first.point} ({size_of(first)}"
+    good = previous_good(first, graph, by_point)
+    if good is not None:
+        error = good.local.rel_l2 if good.local else math.nan
+        text += f"; {good.point} was {error:.0e}"
+    text += ")"
+    others = [str(o.point) for o in origins[1:]]
+    if others:
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        text += f"; {len(others)} further origin{'s' * (len(others) > 1)}: {names}"
+    return text
+
+
+def size_of(judged: Judged) -> str:
+    """Return the size of an origin in words: its worst slice against the tolerance."""
+    errors = judged.errors
+    if errors is None:
+        return ""
+    if errors.born_non_finite:
+        return f"{errors.born_non_finite} non-finite values, all inputs are finite"
+    if errors.worst is None:
+        return ""
+    where = "" if errors.worst.axis == "all" else f" at {errors.worst.axis} {errors.worst.index}"
+    return f"rel_l2 {errors.worst.rel_l2:.3g}{where}, tolerance {errors.worst.tolerance:.0e}"
+
+
+def previous_good(
+    judged: Judged, graph: StageGraph, by_point: Mapping[Point, Sequence[PointErrors]]
+) -> PointErrors | None:
+    """Return the errors of the nearest captured ancestor that is no origin itself."""
+    prompt = judged.errors.prompt if judged.errors else 0
+    ancestors = sorted(graph.ancestors(judged.point), key=graph.order, reverse=True)
+    for point in ancestors:
+        for errors in by_point.get(point, ()):
+            if errors.prompt == prompt and not errors.missing and not _is_origin(errors):
+                return errors
+    return None
+
+
+def _further(count: int, noun: str) -> str:
+    return f"; {count} further {noun}{'s' * (count > 1)}" if count else ""
+
+
+def _origins_too(origins: Sequence[Judged]) -> str:
+    if not origins:
+        return ""
+    return f"; and {len(origins)} origin{'s' * (len(origins) > 1)}, first {origins[0].point}"
