@@ -8,12 +8,14 @@ side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pytest_aprt.errors import CaptureError
+from pytest_aprt.errors import AprtError, CaptureError
 from pytest_aprt.facts import Facts
 from pytest_aprt.stages import STAGES, StageGraph, point_id
 
@@ -85,13 +87,25 @@ class CheckedEngine:
                 f"{self._name} is no engine: expected an object with layers(tokens) that yields "
                 f"(layer, {{stage: array}}), found {type(self._engine).__name__}"
             )
-        for item in layers(list(tokens)):
+        for item in self._guarded(layers, tokens):
             if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping)):
                 raise CaptureError(
                     f"{self._name} yielded {type(item).__name__}: expected "
                     "(layer, {stage: array})"
                 )
             yield item
+
+    def _guarded(self, layers: Callable[..., Any], tokens: Sequence[int]) -> Iterator[Any]:
+        try:
+            yield from layers(list(tokens))
+        except AprtError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise CaptureError(
+                f"{self._name} raised {type(error).__name__}: {error} "
+                f"({Path(last.filename).name}:{last.lineno} in {last.name})"
+            ) from error
 
     def _checked(
         self, layer: int | None, stages: Mapping[str, Any], tokens: int

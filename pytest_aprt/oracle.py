@@ -103,8 +103,8 @@ class TransformersRunner:
             hidden = self.run_layer(index, hidden, prelude, stages)
             yield LayerStages(index, {name: value.detach() for name, value in stages.items()})
         normed = self._final_norm(hidden)
-        head = logits(self._weights, normed[:, -1:], self.config.vocab_size)
-        yield LayerStages(None, {"final_norm": normed[0], "lm_head": head[0, -1]})
+        head = logits(self._weights, normed[0], self.config.vocab_size, keep=1)
+        yield LayerStages(None, {"final_norm": normed[0], "lm_head": head[0]})
 
     def prelude(self, tokens: Sequence[int]) -> Prelude:
         """Run everything before the layers: embedding, masks, rotary embeddings."""

@@ -168,13 +168,19 @@ def row_chunks(rows: int) -> Iterator[range]:
         yield range(start, min(start + HEAD_CHUNK, rows))
 
 
-def logits(weights: WeightSource, hidden: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Return ``hidden @ head.T`` without ever holding the whole head.
+def logits(weights: WeightSource, hidden: torch.Tensor, vocab: int, keep: int = 0) -> torch.Tensor:
+    """Return ``hidden @ head.T`` of the last ``keep`` tokens (0: of all): (keep, V).
+
+    All tokens pass through the same matmul whatever is kept, as in transformers: for a single row
+    other kernels run, which round otherwise and depend on where the weights lie in memory. The
+    head is never held as a whole.
 
     Args:
         weights: where the head comes from.
         hidden: (T, H) float32, after the final norm.
         vocab: rows of the head.
+        keep: how many tokens.
     """
-    parts = [hidden @ weights.rows(HEAD, rows).T for rows in row_chunks(vocab)]
-    return torch.cat(parts, dim=-1)  # (T, V)
+    linear = torch.nn.functional.linear
+    parts = [linear(hidden, weights.rows(HEAD, rows))[-keep:] for rows in row_chunks(vocab)]
+    return torch.cat(parts, dim=-1)

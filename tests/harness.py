@@ -1,0 +1,57 @@
+"""Runs a pair in process and returns the verdict, for tests that need no pytest inside pytest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytest_aprt.arithmetic import ARITHMETICS
+from pytest_aprt.capture import CheckedEngine
+from pytest_aprt.forward import BuiltinRunner
+from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.pair import Pair, open_headers, open_pair
+from pytest_aprt.rungs import fact_rows
+from pytest_aprt.stages import STAGES
+from pytest_aprt.testing import NumpyEngine
+from pytest_aprt.verdict import Threshold, Verdict, conclude
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+TOKENS = (3, 77, 500, 12, 12, 640, 9)
+THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))
+
+
+def fixture_pair(family: str = "qwen2", gguf: Path | None = None) -> Pair:
+    folder = FIXTURES / f"tiny-{family}"
+    return open_pair(open_headers(str(gguf or folder / "q4_k_m.gguf"), str(folder / "hf")))
+
+
+def builtin(pair: Pair) -> BuiltinRunner:
+    return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
+
+
+def faulty(pair: Pair, fault=None) -> CheckedEngine:
+    """The NumPy engine on the model's weights, with a fault planted."""
+    changes = {} if fault is None else {(fault.layer, s): c for s, c in fault.changes.items()}
+    engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, changes)
+    return CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
+
+
+def verdict_of(pair: Pair, engine, *prompts: tuple[int, ...], strict: bool = False) -> Verdict:
+    asked = [Prompt(text="", tokens=tokens) for tokens in prompts or (TOKENS,)]
+    points = pair.graph.points
+    result = measure_pair(pair, engine, asked, points, ARITHMETICS["float32"])
+    facts = fact_rows(pair, max(len(prompt.tokens) for prompt in asked))
+    return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
+
+
+def origins_of(verdict: Verdict) -> list[str]:
+    return [str(judged.point) for judged in verdict.origins]
+
+
+def expected_origins(pair: Pair, fault) -> list[str]:
+    """The points in which a fault is born, in computation order."""
+    layers = range(pair.graph.n_layers) if fault.layer == -1 else [fault.layer]
+    return [
+        str(point)
+        for point in pair.graph.points
+        if point.layer in layers and point.stage in fault.changes
+    ]

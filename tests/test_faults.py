@@ -1,0 +1,209 @@
+"""The instrument itself: every planted fault is found where it was born; clean runs are silent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from faults.corpus import FAULTS
+from harness import TOKENS, builtin, expected_origins, faulty, fixture_pair, origins_of, verdict_of
+from transformers import Qwen2Config
+
+from pytest_aprt.capture import CheckedEngine
+from pytest_aprt.pair import open_headers, open_pair
+from pytest_aprt.stages import Point
+from pytest_aprt.testing import NumpyEngine, write_random_pair
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return fixture_pair()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found_where_it_is_born_and_nowhere_else(pair, fault):
+    verdict = verdict_of(pair, faulty(pair, fault))
+    assert origins_of(verdict) == expected_origins(pair, fault)
+    assert verdict.status == "DIVERGED"
+    assert verdict.rung == "stages"
+
+
+def test_fault_names_are_unique():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+def test_clean_engines_raise_no_alarm(pair, length):
+    tokens = tuple(np.random.default_rng(length).integers(0, 1000, length).tolist())
+    for engine in (builtin(pair), faulty(pair)):
+        verdict = verdict_of(pair, engine, tokens)
+        assert verdict.status in ("QUANTISATION_NOISE", "PARITY")
+        assert all(judged.status in ("pass", "noise") for judged in verdict.points)
+        excess = [judged.errors.worst.excess for judged in verdict.points]
+        assert max(excess) < 0.3
+
+
+def sequential(x, w):
+    """A matmul that adds one product after another, the worst order that engines use."""
+    total = np.zeros((len(x), len(w)), np.float32)
+    for k in range(x.shape[1]):
+        total += x[:, k : k + 1] * w[:, k]
+    return total
+
+
+def reversed_halves(x, w):
+    half = x.shape[1] // 2
+    return x[:, half:] @ w[:, half:].T + x[:, :half] @ w[:, :half].T
+
+
+@pytest.mark.parametrize("matmul", [sequential, reversed_halves])
+def test_other_orders_of_summation_raise_no_alarm(pair, matmul):
+    engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, {}, matmul)
+    checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
+    verdict = verdict_of(pair, checked)
+    assert origins_of(verdict) == []
+    assert max(judged.errors.worst.excess for judged in verdict.points) < 0.5
+
+
+def test_an_error_behind_an_attention_sink_is_found(tmp_path):
+    """Token 0 at 1000 times the norm hides 3 % on all others from whole-tensor numbers."""
+
+    def sink(state):
+        state["model.embed_tokens.weight"][0] *= 3000
+
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=None,
+    )  # fmt: skip
+    gguf, hf = write_random_pair(tmp_path, config, adjust=sink)
+    pair = open_pair(open_headers(str(gguf), str(hf)))
+    tokens = (0, 5, 9, 33, 21, 7)
+    assert origins_of(verdict_of(pair, faulty(pair), tokens)) == []
+
+    def change(value, work):
+        value[1:] *= 1.03
+        return value
+
+    faults = {(1, "post_attn_residual"): change}
+    engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, faults)
+    checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
+    verdict = verdict_of(pair, checked, tokens)
+    assert origins_of(verdict) == ["L01-post_attn_residual"]
+    local = verdict.origins[0].errors.local
+    assert local.rel_l2 < 1e-4 and local.cosine > 1 - 1e-8
+
+
+def test_cosine_alone_would_have_missed_them(pair):
+    """Faults that leave the cosine at 1 are found by the size of the error."""
+    for name in ("scale-missing", "embedding-scaled", "final-norm-weight"):
+        fault = next(f for f in FAULTS if f.name == name)
+        (origin,) = verdict_of(pair, faulty(pair, fault)).origins
+        assert origin.errors.local.cosine > 1 - 1e-9
+        assert "length is not" in origin.hint
+
+
+def test_a_missing_stage_gives_a_bracket(pair):
+    """A fault in a stage that the engine does not expose is born in the bracket that spans it."""
+    fault = next(f for f in FAULTS if f.name == "rope-theta-10k")
+    engine = faulty(pair, fault)
+
+    class Hiding:
+        def layers(self, tokens):
+            for layer, stages in engine.layers(tokens):
+                hidden = ("q_post_rope", "k_post_rope", "attn_scores")
+                yield layer, {n: v for n, v in stages.items() if layer != 2 or n not in hidden}
+
+    verdict = verdict_of(pair, CheckedEngine(Hiding(), pair.graph, pair.oracle_facts, "hiding"))
+    assert origins_of(verdict) == ["L02-attn_softmax"]
+    assert [str(p) for p in verdict.origins[0].errors.bracket] == [
+        "L02-q_post_rope",
+        "L02-k_post_rope",
+        "L02-attn_scores",
+    ]
+    by_name = {str(judged.point): judged.status for judged in verdict.points}
+    assert by_name["L02-q_post_rope"] == "missing"
+
+
+def test_an_engine_that_shows_layer_outputs_only_is_judged_by_whole_layers(pair):
+    fault = next(f for f in FAULTS if f.name == "gelu-for-silu")
+    engine = faulty(pair, fault)
+
+    class Outputs:
+        def layers(self, tokens):
+            for layer, stages in engine.layers(tokens):
+                yield (
+                    layer,
+                    {n: v for n, v in stages.items() if n in ("post_ffn_residual", "lm_head")},
+                )
+
+    verdict = verdict_of(pair, CheckedEngine(Outputs(), pair.graph, pair.oracle_facts, "outputs"))
+    assert origins_of(verdict) == ["L02-post_ffn_residual"]
+    assert verdict.origins[0].errors.bracket[0] == Point(2, "attn_norm")
+
+
+def test_several_prompts_give_the_worst(pair):
+    def only_at_ten_tokens(value, work):
+        return value * 1.01 if len(value) == 10 else value
+
+    engine = NumpyEngine(
+        pair.model_weights,
+        pair.oracle_facts,
+        pair.architecture,
+        {(1, "ffn_up"): only_at_ten_tokens},
+    )
+    checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
+    verdict = verdict_of(pair, checked, TOKENS, tuple(range(10, 20)))
+    assert origins_of(verdict) == ["L01-ffn_up"]
+    assert verdict.origins[0].errors.prompt == 1
+
+
+def broken_capture(pair, change):
+    engine = faulty(pair)
+
+    class Broken:
+        def layers(self, tokens):
+            yield from change(list(engine.layers(tokens)))
+
+    return verdict_of(pair, CheckedEngine(Broken(), pair.graph, pair.oracle_facts, "broken"))
+
+
+def same_layer_twice(layers):
+    return [*layers[:2], (2, layers[1].stages), *layers[3:]]
+
+
+def wrong_shape(layers):
+    layers[1].stages["attn_out"] = torch.zeros(7, 3)
+    return layers
+
+
+def out_of_order(layers):
+    return [layers[1], layers[0], *layers[2:]]
+
+
+def unknown_stage(layers):
+    layers[0].stages["attn_outt"] = torch.zeros(7, 256)
+    return layers
+
+
+def nothing(layers):
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "test", "says"),
+    [
+        (same_layer_twice, "layers", "layers 1 and 2 hold the same bytes"),
+        (wrong_shape, "capture", r"L01-attn_out has shape \(7, 3\), expected \(7, 256\)"),
+        (out_of_order, "capture", "in order"),
+        (unknown_stage, "capture", "'attn_outt' in layer 0, which is unknown"),
+        (nothing, "capture", "nothing could be checked"),
+    ],
+)
+def test_a_broken_capture_is_no_verdict(pair, change, test, says):
+    import re
+
+    verdict = broken_capture(pair, change)
+    assert verdict.status == "INCONCLUSIVE"
+    assert verdict.rung == "self-test"
+    assert test in verdict.summary
+    assert re.search(says, verdict.summary)
