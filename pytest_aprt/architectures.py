@@ -28,7 +28,6 @@ class Architecture:
     layer_tensors: Mapping[str, str]
     model_tensors: Mapping[str, str]
     parameter_tensors: tuple[str, ...]
-    optional_tensors: tuple[str, ...]  # layer tensors that some checkpoints of the family lack
     qkv_bias: bool  # biases on Q, K and V
     qk_norm: bool  # RMSNorm over head_dim of Q and K before RoPE
     rotated_pairs: Literal["half", "adjacent"]  # channels i and i+D/2, or 2i and 2i+1, in HF order
@@ -65,6 +64,11 @@ _QKV_BIASES = {
     "self_attn.k_proj.bias": "attn_k.bias",
     "self_attn.v_proj.bias": "attn_v.bias",
 }
+_QK_NORMS = {
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+}
+ROPE_DIVISORS = "rope_freqs.weight"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _MODEL_TENSORS = {
     EMBEDDING: "token_embd.weight",
@@ -79,7 +83,6 @@ _ROWS = (
         layer_tensors=_DECODER_TENSORS | _QKV_BIASES,
         model_tensors=_MODEL_TENSORS,
         parameter_tensors=(),
-        optional_tensors=(),
         qkv_bias=True,
         qk_norm=False,
         rotated_pairs="half",
@@ -89,6 +92,39 @@ _ROWS = (
         embedding_scale=1.0,
         moe=False,
         source="transformers models/qwen2/modeling_qwen2.py; llama.cpp src/models/qwen2.cpp",
+    ),
+    Architecture(
+        name="llama",
+        model_types=("llama", "mistral"),
+        layer_tensors=_DECODER_TENSORS,
+        model_tensors=_MODEL_TENSORS,
+        parameter_tensors=(ROPE_DIVISORS,),
+        qkv_bias=False,
+        qk_norm=False,
+        rotated_pairs="half",
+        permuted_qk=True,
+        activation="silu",
+        norm_offset=0.0,
+        embedding_scale=1.0,
+        moe=False,
+        source="transformers models/llama/modeling_llama.py, models/mistral/modeling_mistral.py; "
+        "llama.cpp src/models/llama.cpp, conversion/llama.py (permute)",
+    ),
+    Architecture(
+        name="qwen3",
+        model_types=("qwen3",),
+        layer_tensors=_DECODER_TENSORS | _QK_NORMS,
+        model_tensors=_MODEL_TENSORS,
+        parameter_tensors=(),
+        qkv_bias=False,
+        qk_norm=True,
+        rotated_pairs="half",
+        permuted_qk=False,
+        activation="silu",
+        norm_offset=0.0,
+        embedding_scale=1.0,
+        moe=False,
+        source="transformers models/qwen3/modeling_qwen3.py; llama.cpp src/models/qwen3.cpp",
     ),
 )
 

@@ -17,9 +17,11 @@ from pytest_aprt.errors import ArchitectureError, SourceError
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: none, linear or yarn.
+    """How rotary frequencies are stretched: none, linear, yarn, or one divisor for each pair.
 
-    Source: arXiv 2309.00071 (YaRN); the names of its parameters are transformers'.
+    Source: arXiv 2309.00071 (YaRN); the names of its parameters are transformers'. Llama 3 states
+    a rule in config.json, of which GGUF stores the outcome as the tensor ``rope_freqs.weight``:
+    ``divisors`` holds it, on both sides.
     """
 
     kind: str = "none"
@@ -28,6 +30,15 @@ class RopeScaling:
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    divisors: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "none"
+        if self.divisors:
+            low, high = min(self.divisors), max(self.divisors)
+            return f"{len(self.divisors)} divisors from {low:.4g} to {high:.4g}"
+        return f"{self.kind}, factor {self.factor:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +102,11 @@ class Facts:
 
     @classmethod
     def from_gguf(
-        cls, metadata: Mapping[str, Any], tensors: Mapping[str, Any], architecture: Architecture
+        cls,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        architecture: Architecture,
+        rope_divisors: Sequence[float] = (),
     ) -> Facts:
         """Read the facts as llama.cpp does, its defaults included.
 
@@ -99,8 +114,10 @@ class Facts:
             metadata: the GGUF's key-value pairs.
             tensors: tensor name -> anything with ``shape`` (rows, columns).
             architecture: the row of the file's ``general.architecture``.
+            rope_divisors: values of ``rope_freqs.weight``, if the file has it.
 
         Raises:
+            ArchitectureError: only some channels are rotated, or an unknown kind of scaling.
             SourceError: a key that has no default is absent, or of the wrong type.
         """
         a = architecture.name
@@ -121,6 +138,13 @@ class Facts:
         )
         if heads < 1:
             raise SourceError(f"GGUF metadata {a}.attention.head_count: expected at least 1")
+        head_dim = int(number("attention.key_length", hidden // heads))
+        rotated = int(number("rope.dimension_count", head_dim))
+        if rotated != head_dim:
+            raise ArchitectureError(
+                f"GGUF metadata {a}.rope.dimension_count is {rotated}: expected head_dim "
+                f"({head_dim}); models that rotate only some channels are not supported"
+            )
         context = int(number("context_length"))
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
@@ -131,12 +155,12 @@ class Facts:
             intermediate=int(number("feed_forward_length")),
             heads=heads,
             kv_heads=int(number("attention.head_count_kv", heads)),
-            head_dim=int(number("attention.key_length", hidden // heads)),
+            head_dim=head_dim,
             vocab=int(embedding.shape[0]),
             context=context,
             eps=float(number("attention.layer_norm_rms_epsilon")),
             rope_theta=float(number("rope.freq_base", 10000.0)),
-            rope_scaling=_gguf_scaling(metadata, a, context),
+            rope_scaling=_gguf_scaling(metadata, a, context, rope_divisors),
             windows=_gguf_windows(metadata, a, layers),
             tied_embeddings="output.weight" not in tensors,
             activation=architecture.activation,
@@ -149,22 +173,24 @@ class Facts:
         rope = getattr(config, "rope_parameters", None) or {}
         older = getattr(config, "rope_scaling", None) or {}
         rope = {**older, **rope}
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * (
-            config.num_hidden_layers
-        )
         window = getattr(config, "sliding_window", None)
+        # Without layer types, a family that has a window has it in every layer (mistral).
+        every = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or every
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        theta = float(rope.get("rope_theta") or config.rope_theta)
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             vocab=config.vocab_size,
             context=config.max_position_embeddings,
             eps=float(config.rms_norm_eps),
-            rope_theta=float(rope.get("rope_theta") or config.rope_theta),
-            rope_scaling=_config_scaling(rope, config.max_position_embeddings),
+            rope_theta=theta,
+            rope_scaling=_config_scaling(rope, config.max_position_embeddings, theta, head_dim),
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             tied_embeddings=bool(config.tie_word_embeddings),
             activation=config.hidden_act,
@@ -175,7 +201,26 @@ def _yarn_attention_factor(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # arXiv 2309.00071, eq. 22
 
 
-def _gguf_scaling(metadata: Mapping[str, Any], a: str, context: int) -> RopeScaling:
+def _llama3_divisors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
+    """Return what each pair's frequency is divided by.
+
+    Source: transformers modeling_rope_utils, ``_compute_llama3_parameters``.
+    """
+    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    divisors = []
+    for pair in range(head_dim // 2):
+        turns = context * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / (kept + (1 - kept) / factor))
+    return tuple(divisors)
+
+
+def _gguf_scaling(
+    metadata: Mapping[str, Any], a: str, context: int, divisors: Sequence[float]
+) -> RopeScaling:
+    if len(divisors):
+        return RopeScaling(kind="divisors", divisors=tuple(float(d) for d in divisors))
     kind = metadata.get(f"{a}.rope.scaling.type", "none")
     factor = float(metadata.get(f"{a}.rope.scaling.factor", 0.0)) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1.0):
@@ -199,7 +244,9 @@ def _gguf_scaling(metadata: Mapping[str, Any], a: str, context: int) -> RopeScal
     )
 
 
-def _config_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling:
+def _config_scaling(
+    rope: Mapping[str, Any], context: int, theta: float, head_dim: int
+) -> RopeScaling:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     factor = float(rope.get("factor") or 1.0)
     if kind == "default" or (kind == "linear" and factor == 1.0):
@@ -218,6 +265,8 @@ def _config_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling:
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
         )
+    if kind == "llama3":
+        return RopeScaling(kind="divisors", divisors=_llama3_divisors(rope, theta, head_dim))
     return RopeScaling(kind=str(kind), factor=factor)
 
 
@@ -238,13 +287,17 @@ def _gguf_windows(metadata: Mapping[str, Any], a: str, layers: int) -> tuple[int
     return tuple(window if slides else None for slides in pattern)
 
 
-_FLOAT32_STEP = 1e-6  # GGUF stores floats in 4 bytes: 1e-6 comes back as 9.9999999e-07
+_FLOAT32_STEP = 1e-6
+"""GGUF stores floats in 4 bytes: 1e-6 comes back as 9.9999999e-07. Llama 3's divisors, which the
+converter forms in float32, agree to 3e-7."""
 
 
 def agree(a: Any, b: Any) -> bool:
     """Return whether two facts are the same value, up to GGUF's float32 storage."""
     if isinstance(a, RopeScaling) and isinstance(b, RopeScaling):
         return all(agree(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(agree, a, b))
     if isinstance(a, float) or isinstance(b, float):
         return math.isclose(a, b, rel_tol=_FLOAT32_STEP)
     return bool(a == b)

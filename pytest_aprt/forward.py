@@ -118,7 +118,9 @@ def rope_angles(facts: Facts, tokens: int) -> tuple[Tensor, float]:
     pairs = torch.arange(facts.head_dim // 2, dtype=torch.float64)
     frequency = facts.rope_theta ** (-2 * pairs / facts.head_dim)
     scaling = facts.rope_scaling
-    if scaling.kind == "linear":
+    if scaling.divisors:
+        frequency = frequency / torch.tensor(scaling.divisors, dtype=torch.float64)
+    elif scaling.kind == "linear":
         frequency = frequency / scaling.factor
     elif scaling.kind == "yarn":
         kept = yarn_kept(scaling, facts, pairs)

@@ -241,7 +241,14 @@ def _tapped(layer: nn.Module, stages: dict[str, torch.Tensor]) -> Iterator[None]
 @contextmanager
 def _assigned(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Give a meta module real weights, without a copy, and take them away again."""
-    module.load_state_dict(tensors, assign=True)
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        problems = " ".join(str(error).split()).partition(": ")[2]
+        raise ArchitectureError(
+            f"transformers' {type(module).__name__} does not take the tensors that the table of "
+            f"architectures gives it: {problems}"
+        ) from error
     try:
         yield
     finally:

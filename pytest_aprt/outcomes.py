@@ -41,7 +41,6 @@ def _tensor_names(headers: Headers) -> list[str]:
         architecture.layer_tensor(layer, suffix)
         for layer in range(headers.model_facts.layers)
         for suffix in architecture.layer_tensors
-        if suffix not in architecture.optional_tensors
     ]
     if not headers.oracle.config.get("tie_word_embeddings", False):
         expected.append("output.weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_aprt.architectures import Architecture, architecture_of
+from pytest_aprt.architectures import ROPE_DIVISORS, Architecture, architecture_of
 from pytest_aprt.errors import ArchitectureError, SourceError
 from pytest_aprt.facts import FACTS, Facts, agree
 from pytest_aprt.sources.gguf import GgufFile
@@ -61,7 +61,8 @@ def open_headers(weights: str, oracle: str) -> Headers:
     gguf = GgufFile.open(weights)
     folder = HfFolder.open(oracle)
     architecture = architecture_of(gguf.architecture, str(folder.config.get("model_type")))
-    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture)
+    divisors = gguf.tensor(ROPE_DIVISORS).tolist() if ROPE_DIVISORS in gguf.tensors else ()
+    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture, divisors)
     _require_tensors(gguf, architecture, facts)
     return Headers(
         gguf=gguf,
@@ -118,7 +119,7 @@ def _require_tensors(gguf: GgufFile, architecture: Architecture, facts: Facts) -
         architecture.layer_tensor(layer, suffix)
         for layer in range(facts.layers)
         for suffix in architecture.layer_tensors
-        if suffix not in architecture.optional_tensors and not suffix.endswith(".bias")
+        if not suffix.endswith(".bias")
     ]
     for name in needed:
         if name not in gguf.tensors:

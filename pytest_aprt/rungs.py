@@ -82,8 +82,6 @@ def layer_rows(pair: Pair, layer: int) -> list[TensorRow]:
     model, oracle = pair.model_weights.layer(layer), pair.oracle_weights.layer(layer)
     rows = []
     for suffix, gguf_suffix in pair.architecture.layer_tensors.items():
-        if suffix not in oracle:
-            continue
         name = f"blk.{layer}.{gguf_suffix}"
         if not pair.model_weights.has(layer, suffix):
             rows.append(_row(pair, name, layer, suffix, math.nan, "missing in the GGUF"))

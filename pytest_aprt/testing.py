@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_aprt.architectures import ARCHITECTURES, EMBEDDING, FINAL_NORM, HEAD, Architecture
+from pytest_aprt.architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    ROPE_DIVISORS,
+    Architecture,
+)
 from pytest_aprt.facts import Facts
 
 if TYPE_CHECKING:
@@ -61,7 +68,8 @@ class Workings:
         """Return the RMSNorm of the last axis."""
         mean = np.mean(x * x, axis=-1, keepdims=True)
         scale = 1 / np.sqrt(mean + np.float32(self.facts.eps if eps is None else eps))
-        return x * scale * (gamma + np.float32(self.architecture.norm_offset))
+        scaled: Array = x * scale * (gamma + np.float32(self.architecture.norm_offset))
+        return scaled
 
     def rope(
         self,
@@ -101,6 +109,8 @@ class Workings:
 
 def _scaled(frequency: NDArray[np.float64], facts: Facts) -> tuple[NDArray[np.float64], float]:
     scaling = facts.rope_scaling
+    if scaling.divisors:
+        return frequency / np.array(scaling.divisors), 1.0
     if scaling.kind == "linear":
         return frequency / scaling.factor, 1.0
     if scaling.kind == "yarn":
@@ -211,8 +221,9 @@ def hidden_keys(tokens: int, window: int | None) -> NDArray[np.bool_]:
 
 def softmax(scores: Array) -> Array:
     """Return the softmax over the last axis."""
-    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    shifted: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shifted /= shifted.sum(axis=-1, keepdims=True)
+    return shifted
 
 
 def write_random_pair(
@@ -255,7 +266,6 @@ def write_random_pair(
     adjust(state)
     hf = folder / "hf"
     hf.mkdir()
-    config.architectures = [type(AutoModelForCausalLM.from_config).__name__]
     config.save_pretrained(hf)
     save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
 
@@ -265,6 +275,8 @@ def write_random_pair(
     writer = gguf.GGUFWriter(path, architecture.name)
     for key, value in {**_gguf_keys(facts), **(metadata or {})}.items():
         _add(writer, f"{architecture.name}.{key}", value)
+    if facts.rope_scaling.divisors:
+        writer.add_tensor(ROPE_DIVISORS, np.array(facts.rope_scaling.divisors, np.float32))
     for name, tensor in state.items():
         gguf_name, array = _gguf_tensor(name, tensor.numpy(), facts, architecture)
         writer.add_tensor(gguf_name, array)
@@ -293,7 +305,7 @@ def _gguf_keys(facts: Facts) -> dict[str, Any]:
         keys["attention.sliding_window"] = windows[0]
         keys["attention.sliding_window_pattern"] = [w is not None for w in facts.windows]
     scaling = facts.rope_scaling
-    if scaling.kind != "none":
+    if scaling.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "yarn":
         keys["rope.scaling.original_context_length"] = scaling.original_context

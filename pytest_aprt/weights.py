@@ -70,16 +70,10 @@ class HfWeights:
         """Return some rows of a whole-model matrix, float32."""
         return self._folder.rows(self.name_of(name), indices)
 
-    def has(self, layer: int, suffix: str) -> bool:
-        """Return whether the checkpoint holds a layer's tensor."""
-        return f"model.layers.{layer}.{suffix}" in self._folder.names
-
     def _load(self, index: int) -> dict[str, torch.Tensor]:
-        optional = self._architecture.optional_tensors
         return {
             suffix: self._folder.tensor(f"model.layers.{index}.{suffix}")
             for suffix in self._architecture.layer_tensors
-            if suffix not in optional or self.has(index, suffix)
         }
 
 
@@ -111,11 +105,9 @@ class GgufWeights:
         return self._architecture.layer_tensor(layer, suffix) in self._file.tensors
 
     def _load(self, index: int) -> dict[str, torch.Tensor]:
-        optional = self._architecture.optional_tensors
         return {
             suffix: self._in_hf_order(suffix, self._read(index, suffix))
             for suffix in self._architecture.layer_tensors
-            if suffix not in optional or self.has(index, suffix)
         }
 
     def _read(self, index: int, suffix: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -20,10 +20,34 @@ BASE: dict[str, Any] = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def of(kind: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
+    rope = {"rope_theta": 1e6, "rope_type": "default", **changes.pop("rope", {})}
+    return kind(**{**BASE, "rope_parameters": rope, **changes})
+
+
 def qwen2(**changes: Any) -> PretrainedConfig:
-    theta = {"rope_theta": 1e6}
-    rope = {**theta, "rope_type": "default", **changes.pop("rope", {})}
-    return Qwen2Config(**{**BASE, "rope_parameters": rope, **changes})
+    return of(Qwen2Config, **changes)
+
+
+def llama(**changes: Any) -> PretrainedConfig:
+    return of(LlamaConfig, **changes)
+
+
+def mistral(**changes: Any) -> PretrainedConfig:
+    return of(MistralConfig, **{"sliding_window": None, **changes})
+
+
+def qwen3(**changes: Any) -> PretrainedConfig:
+    return of(Qwen3Config, **{"head_dim": 24, **changes})
 
 
 def heads(query: int, kv: int) -> dict[str, int]:
@@ -42,5 +66,18 @@ CONFIGURATIONS = {
     "qwen2-linear": lambda: qwen2(rope={"rope_type": "linear", "factor": 4.0}),
     "qwen2-yarn": lambda: qwen2(rope=YARN),
     "qwen2-vocabulary": lambda: qwen2(vocab_size=151),
+    "llama-gqa1": lambda: llama(**heads(4, 4)),
+    "llama-gqa4": lambda: llama(**heads(8, 2)),
+    "llama-head_dim": lambda: llama(head_dim=24),
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "llama-linear": lambda: llama(rope={"rope_type": "linear", "factor": 4.0}),
+    "llama-llama3": lambda: llama(rope={**LLAMA3, "rope_theta": 500000.0}, rms_norm_eps=1e-5),
+    "mistral-full": lambda: mistral(**heads(8, 2)),
+    "mistral-window": lambda: mistral(sliding_window=5),
+    "qwen3-gqa1": lambda: qwen3(**heads(4, 4)),
+    "qwen3-gqa7": lambda: qwen3(**heads(14, 2)),
+    "qwen3-tied": lambda: qwen3(tie_word_embeddings=True),
+    "qwen3-window": lambda: qwen3(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3-yarn": lambda: qwen3(rope=YARN),
 }
 """One row a behaviour that a family's row states, or that its files may state."""
