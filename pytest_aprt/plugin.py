@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -54,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(Workbench.of_worker(config, workerinput["aprt"]))
         return
     try:
-        command = shlex.join([Path(sys.argv[0]).name, *config.invocation_params.args])
+        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         settings = read_settings(lambda key: _option(config, key), command=command)
         if settings is None:
             return

@@ -26,9 +26,8 @@ ULP = 2.0**-24
 """Half the spacing of float32 at 1: the relative error of one rounding."""
 
 ANGLE_ULPS = 0.25
-"""Rotary angles are position times frequency, a float32 that is itself an input. In units of the
-response at ULP: engines that form it in float32 differ from float64 by at most 0.06 of it at
-positions 0 to 511 (tests/test_replay.py); at most positions the values of Q and K dominate."""
+"""Rotary angles are position times frequency, a float32 that is an input too and grows with the
+position. This is its share in the response; tests/test_faults.py runs 512 tokens."""
 
 PROBES = 8
 """Responses are root mean squares over at least so many random sign patterns: with fewer, a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,17 +130,19 @@ def test_a_token_that_should_be_zero_is_the_worst():
 
 
 @pytest.mark.parametrize(
-    ("stage", "expected"), [("attn_scores", 1), ("attn_norm", 1), ("lm_head", None)]
+    ("stage", "shape", "place", "token"),
+    [
+        ("attn_norm", (3, 4), (1, 0), 1),
+        ("q_post_rope", (3, 4), (2, 3), 2),
+        ("attn_scores", (2, 3, 3), (1, 2, 0), 2),
+        ("lm_head", (5,), (3,), None),
+    ],
 )
-def test_the_worst_token_of_each_kind_of_stage(stage, expected):
-    b = torch.ones({"attn_scores": (2, 3, 3), "attn_norm": (3, 4), "lm_head": (5,)}[stage])
-    a = b.clone()
-    a[..., 1 if stage != "attn_norm" else slice(None), 0] += 1
-    if stage == "attn_norm":
-        a = b.clone()
-        a[1, 0] += 1
-    found = measure(a, b, view(stage, 3)).worst_token
-    assert (found and found[0]) == expected
+def test_the_worst_token_where_a_stage_has_tokens(stage, shape, place, token):
+    a = torch.ones(shape)
+    a[place] += 1
+    found = measure(a, torch.ones(shape), view(stage, 3)).worst_token
+    assert (found and found[0]) == token
 
 
 # Zero norms
@@ -288,18 +291,9 @@ def test_q_k_and_v_are_judged_apart(part, channels):
     a[:, channels] += noise[:, channels] * 1e-3
     by_part = view("qkv_matmul").parts()
     assert by_part[part] == ("qkv"[part], channels)
-    found = {
-        axis: judge(a, Reference(b.double(), b.double() * 0), only(axis), TOLERANCE)
-        for axis in ("part",)
-    }["part"]
+    along_parts = View(replace(STAGES["qkv_matmul"], slices=("part",)), FACTS)
+    found = judge(a, Reference(b.double(), b.double() * 0), along_parts, TOLERANCE)
     assert (found.axis, found.index) == ("part", part)
-
-
-def only(axis):
-    """A view of qkv_matmul that looks along one axis."""
-    from dataclasses import replace
-
-    return View(replace(STAGES["qkv_matmul"], slices=(axis,)), FACTS)
 
 
 def test_one_bad_logit_is_found():

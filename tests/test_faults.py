@@ -32,7 +32,7 @@ def test_fault_names_are_unique():
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 64])
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 512])
 def test_clean_engines_raise_no_alarm(pair, length):
     tokens = tuple(np.random.default_rng(length).integers(0, 1000, length).tolist())
     for engine in (builtin(pair), faulty(pair)):
