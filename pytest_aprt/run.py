@@ -44,7 +44,7 @@ def run(
     prompts = prompts_of(settings, pair)
     engine, name = _engine(pair, settings, user_engine)
     arithmetic = ARITHMETICS["float32" if settings.arithmetic == "auto" else settings.arithmetic]
-    points = settings.points(pair.graph)
+    points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
     measurement = measure_pair(pair, engine, prompts, points, arithmetic, progress)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)

@@ -92,7 +92,7 @@ class _Causes:
         facts = [f"config-{self.facts[p.stage]}" for p in line if p.stage in self.facts]
         origins = [str(p) for p in line if p in self.origins and p != point]
         tensors = [f"weights-{self.tensors[p]}" for p in line if p in self.tensors]
-        return facts + origins, facts + tensors + origins
+        return facts + origins, facts + tensors
 
 
 def conclude(
@@ -203,6 +203,8 @@ def _status(
     if e.engine is not None and (born_here or is_below(e.engine, threshold.cosine)):
         if explains_engine:
             return "inherited", f"follows from {explains_engine[0]}", explains_engine[0]
+        if e.engine.non_finite_a > e.engine.non_finite_b:
+            return "inconclusive", "non-finite values whose origin was not captured", None
         return "drift", "rounding adds up: no origin upstream", None
     if e.total is not None and is_below(e.total, threshold.cosine):
         if explains_total:

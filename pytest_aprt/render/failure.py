@@ -27,7 +27,8 @@ def headline(report: Report, point: PointJson) -> str:
     name = point["point"]
     if point["status"] != "diverged":
         reason = point["reason"]
-        if point["total"] is None:
+        total, at_least = point["total"], point["threshold"]["cosine"]
+        if total is None or float(total["cosine"]) >= at_least:
             return f"{name}: {reason}"
         bound = point["threshold"]
         return (

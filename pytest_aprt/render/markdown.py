@@ -28,7 +28,8 @@ def render(report: Report) -> str:
 
 
 def _table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return tabulate(cells, head, tablefmt="github", disable_numparse=True)
 
 
 def _sides(report: Report) -> str:

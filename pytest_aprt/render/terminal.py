@@ -34,7 +34,7 @@ def render(report: Report, saved_to: str | None) -> list[str]:
     ][:2]
     lines.append("")
     lines += _strip(report)
-    lines += [f"note: {note}"[: 2 * WIDTH] for note in report["notes"]]
+    lines += [line for note in report["notes"] for line in textwrap.wrap(f"note: {note}", WIDTH)]
     lines.append(
         f"report: {saved_to}" if saved_to else "report: none kept (--aprt-report DIR keeps it)"
     )
@@ -71,8 +71,6 @@ def _strip(report: Report) -> list[str]:
     lines.append(f"  ({', '.join(used)}; last sign: the head)")
     p = worst_of(report["points"])
     tolerance = small(p["tolerance"]["rel_l2"]) if p["tolerance"] else ""
-    lines.append(
-        f"worst point: {p['point']}, total cosine {cosine(p['total'])}, local {rel_l2(p['local'])} "
-        f"(tolerance {tolerance})"
-    )
+    worst = f"worst point: {p['point']}, total cosine {cosine(p['total'])}, "
+    lines += textwrap.wrap(worst + f"local {rel_l2(p['local'])} (tolerance {tolerance})", WIDTH)
     return lines

@@ -20,10 +20,34 @@ from tabulate import tabulate
 from pytest_aprt.sources.hf import HfFolder
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
-TYPES = (
-    "F16 BF16 Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 IQ4_NL IQ4_XS MXFP4 Q3_K IQ3_S IQ3_XXS Q2_K "
-    "IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S TQ2_0 TQ1_0"
-).split()
+TYPES = tuple(
+    [
+        "F16",
+        "BF16",
+        "Q8_0",
+        "Q6_K",
+        "Q5_K",
+        "Q5_1",
+        "Q5_0",
+        "Q4_K",
+        "Q4_1",
+        "Q4_0",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+        "Q3_K",
+        "IQ3_S",
+        "IQ3_XXS",
+        "Q2_K",
+        "IQ2_S",
+        "IQ2_XS",
+        "IQ2_XXS",
+        "IQ1_M",
+        "IQ1_S",
+        "TQ2_0",
+        "TQ1_0",
+    ]
+)
 NEEDS_IMPORTANCE = {"IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M", "IQ2_S"}
 
 
@@ -69,22 +93,6 @@ def distance(lib: ctypes.CDLL, kind: str, w: np.ndarray, importance: np.ndarray 
     )
     back = dequantize(out, qtype).reshape(w.shape)
     return float(np.linalg.norm(back - w) / np.linalg.norm(w))
-
-
-def summary(errors: list[Error]) -> str:
-    """One line per type: the median of trained matrices, then the worst of every kind of matrix."""
-    columns = list(dict.fromkeys((error.data, error.importance) for error in errors))
-    rows = []
-    for name in dict.fromkeys(error.type for error in errors):
-        whole: dict[tuple[str, str], list[float]] = {column: [] for column in columns}
-        for error in errors:
-            if error.type == name:
-                whole[error.data, error.importance].append(error.whole)
-        rows.append(
-            [name, np.median(whole["trained", "none"]), *(max(whole[column]) for column in columns)]
-        )
-    headers = ["type", "trained, median", *(f"{data}, {kind}" for data, kind in columns)]
-    return tabulate(rows, headers, tablefmt="github", floatfmt=".2e", disable_numparse=[0])
 
 
 def main() -> None:
