@@ -12,7 +12,7 @@ class QuantType:
     ``measured`` is the worst relative L2 distance seen between a dequantised tensor and the tensor
     it was made from, over trained tensors and heavy-tailed random ones, with and without an
     importance matrix (``tests/benchmarks/quant_bounds.py`` prints them). ``bound`` is what the
-    weights rung allows: 1.5 times that. A permuted or swapped tensor lies at 1.4 and beyond.
+    weights rung allows: 1.5 times that, and less than a tensor of zeros shows. A permuted or swapped tensor lies at 1.4 and beyond.
     """
 
     name: str
@@ -27,9 +27,10 @@ _MEASURED = {
     "IQ3_XXS": 0.3444, "Q2_K": 0.3528, "IQ2_S": 0.5695, "IQ2_XS": 0.5930, "IQ2_XXS": 0.8165,
     "IQ1_M": 0.5550, "IQ1_S": 0.7125, "TQ2_0": 0.8527, "TQ1_0": 0.8527,
 }  # fmt: skip
+_ZEROS = 0.95  # a tensor of zeros lies at 1
 _EXACT = 1e-6  # F32 tensors of a converted checkpoint hold its very numbers
 
 QUANT_TYPES: dict[str, QuantType] = {
-    name: QuantType(name=name, measured=worst, bound=1.5 * worst or _EXACT)
+    name: QuantType(name=name, measured=worst, bound=min(1.5 * worst, _ZEROS) or _EXACT)
     for name, worst in _MEASURED.items()
 }
