@@ -12,7 +12,7 @@ class QuantType:
     ``measured`` is the worst relative L2 distance seen between a dequantised tensor and the tensor
     it was made from, over trained tensors and heavy-tailed random ones, with and without an
     importance matrix (``tests/benchmarks/quant_bounds.py`` prints them). ``bound`` is what the
-    weights rung allows: 1.5 times that, and less than a tensor of zeros shows. A permuted or swapped
+    weights rung allows: 1.5 times that, less than a tensor of zeros shows. A permuted or swapped
     tensor lies at 1.4 and beyond.
     """
 
