@@ -33,7 +33,7 @@ class Engine(Protocol):
     ``layers(tokens)`` yields ``(layer, {stage: array})`` in order, at last ``(None, {...})`` for
     ``final_norm`` and ``lm_head``. Arrays are whatever numpy or torch can read as float32, shaped
     as in STAGES, Q and K rows in Hugging Face order. Stages may be left out; they are then
-    reported as missing.
+    reported as missing. An attribute ``arithmetic`` may declare the engine's profile.
     """
 
     def layers(self, tokens: Sequence[int]) -> Iterable[tuple[int | None, Mapping[str, Any]]]:
@@ -52,6 +52,7 @@ class CheckedEngine:
 
     def __init__(self, engine: Engine, graph: StageGraph, facts: Facts, name: str) -> None:
         self._engine, self._graph, self._facts, self._name = engine, graph, facts, name
+        self.arithmetic: str | None = getattr(engine, "arithmetic", None)
 
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
         """Yield every layer once and in order, empty where the engine has nothing.

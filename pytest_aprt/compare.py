@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pytest_aprt.arithmetic import FLOAT32_ULP, Tolerance
 from pytest_aprt.facts import Facts
-from pytest_aprt.replay import ULP, Reference
+from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Stage
 
 TOP_DIFFS = 5
@@ -139,7 +140,7 @@ def measure(a: Tensor, b: Tensor, view: View) -> Metrics:
     )
 
 
-def judge(model: Tensor, reference: Reference, view: View, tolerance: float) -> Slice | None:
+def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance) -> Slice | None:
     """Return the slice whose error is largest in units of what rounding explains.
 
     A slice's scale is its norm, or its response to one-ulp changes of the inputs in ulps where
@@ -150,7 +151,8 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: float) -> 
         model: the model's stage.
         reference: its replay.
         view: how to look at both.
-        tolerance: bound on ``|model - reference| / scale`` of every slice.
+        tolerance: bound on ``|model - reference| / scale`` of every slice; an element's doubt
+            is taken off its error first.
     """
     x, y, r = view(model), view(reference.value), view(reference.response)
     counted = view.counted(x.shape)
@@ -158,10 +160,13 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: float) -> 
     used = counted & ~_rows_with(counted & ~finite, x.ndim)
     if not bool(used.any()):
         return None
+    error = x - y
+    if reference.doubt is not None:
+        error = (error.abs() - view(reference.doubt)).clamp(min=0.0)
     sums = _Squares(
-        error=(x - y).where(used, 0.0).square(),
+        error=error.where(used, 0.0).square(),
         value=y.where(used, 0.0).square(),
-        response=(r / ULP).where(used, 0.0).square(),
+        response=(r / FLOAT32_ULP).where(used, 0.0).square(),
         elements=used.double(),
     )
     slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance)]
@@ -190,11 +195,12 @@ def _summed(axis: str, view: View) -> Callable[[Tensor], Tensor]:
     return lambda v: v.sum(dim=others) if others else v
 
 
-def _worst(axis: str, sums: _Squares, tolerance: float) -> Slice:
+def _worst(axis: str, sums: _Squares, tolerance: Tolerance) -> Slice:
     error, value, response, elements = sums
-    floor = elements * (_SMALLEST_NORMAL / tolerance) ** 2
+    bound = tolerance.base * (1 + tolerance.spread / elements.clamp(min=1.0).sqrt())
+    floor = elements * (_SMALLEST_NORMAL / bound) ** 2
     scale = torch.maximum(torch.maximum(value, response), floor).sqrt()
-    excess = error.sqrt() / (tolerance * scale)
+    excess = error.sqrt() / (bound * scale)
     excess = excess.where(error > 0, 0.0)
     index = int(excess.argmax())
     norm = float(value[index].sqrt())
@@ -202,7 +208,7 @@ def _worst(axis: str, sums: _Squares, tolerance: float) -> Slice:
         axis=axis,
         index=None if axis == "all" else index,
         rel_l2=_ratio(float(error[index].sqrt()), norm),
-        tolerance=_ratio(tolerance * float(scale[index]), norm),
+        tolerance=_ratio(float(bound[index] * scale[index]), norm),
         excess=float(excess[index]),
     )
 

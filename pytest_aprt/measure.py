@@ -7,20 +7,31 @@ read once per layer for all who need them. What leaves this module are numbers, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pytest_aprt import selftest
-from pytest_aprt.arithmetic import Arithmetic
+from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import Metrics, Slice, View, judge, measure, non_finite
+from pytest_aprt.consensus import Reading, Tally, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
-from pytest_aprt.replay import Context, Reference, replay, visible
+from pytest_aprt.replay import (
+    Context,
+    Input,
+    Reference,
+    UnfitError,
+    captured_input,
+    replay,
+    replayed_input,
+    visible,
+)
+from pytest_aprt.rounding import fits
 from pytest_aprt.rungs import TensorRow, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
@@ -41,9 +52,10 @@ class Prompt:
 class PointErrors:
     """The four errors of one point on one prompt.
 
-    ``bracket`` names the missing stages that the replay had to bridge: an error of this point was
-    born in one of them or here. ``born_non_finite`` counts NaN and Inf that appear although every
-    parent is wholly finite.
+    ``local`` and ``worst`` are those of the one of the ``readings`` that is in the stage's own
+    ``arithmetic``, else of the first, the exact one. ``bracket`` names the missing stages that
+    the replay had to bridge: an error of this point was born in one of them or here.
+    ``born_non_finite`` counts NaN and Inf that appear although every parent is wholly finite.
     """
 
     point: Point
@@ -55,17 +67,20 @@ class PointErrors:
     engine: Metrics | None = None
     local: Metrics | None = None
     worst: Slice | None = None
+    arithmetic: Arithmetic = EXACT
+    readings: tuple[Reading, ...] = ()
     born_non_finite: int = 0
     bracket: tuple[Point, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Measurement:
-    """All that the runs gave."""
+    """All that the runs gave; ``arithmetics`` is how the engine computes every stage."""
 
     errors: list[PointErrors] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
     self_tests: list[SelfTest] = field(default_factory=list)
+    arithmetics: Mapping[str, Arithmetic] = field(default_factory=dict)
 
 
 class _Lane:
@@ -77,67 +92,110 @@ class _Lane:
         self.oracle = runs.oracle.layers(prompt.tokens)
         self.shadow = runs.shadow.layers(prompt.tokens)
         self.prelude: Prelude = runs.shadow.prelude(prompt.tokens)
-        self.model_replay = _Replay(pair, prompt, self.prelude)
-        self.shadow_replay = _Replay(pair, prompt, self.prelude)
+        self.model_replay = _Replay(pair, prompt, self.prelude, runs.profile, runs.tally)
+        self.shadow_replay = _Replay(pair, prompt, self.prelude, PROFILES["float32"], Tally())
 
 
 class _Runs:
-    def __init__(self, pair: Pair, engine: Engine) -> None:
-        self.model = engine
+    def __init__(self, pair: Pair, engine: Engine, profile: Profile) -> None:
+        self.model, self.profile, self.tally = engine, profile, Tally()
         self.oracle = TransformersRunner(pair.config, pair.oracle_weights)
         self.shadow = TransformersRunner(pair.config, pair.model_weights)
 
 
 class _Replay:
-    """Replays one side's captures, and bridges stages that the side does not expose."""
+    """Replays one side's captures, and bridges stages that the side does not expose.
 
-    def __init__(self, pair: Pair, prompt: Prompt, prelude: Prelude) -> None:
+    What stands in for a missing stage is computed in the same arithmetic as the stage that is
+    asked for. Where a layer's output is missing, it is carried into the next layer in every
+    arithmetic that has explained a point so far.
+    """
+
+    def __init__(
+        self, pair: Pair, prompt: Prompt, prelude: Prelude, profile: Profile, tally: Tally
+    ) -> None:
         self._pair, self._tokens, self._prelude = pair, prompt.tokens, prelude
-        self._layer_input: tuple[Point, Tensor] | None = None
-        self._gaps: dict[Point, tuple[Point, ...]] = {}
+        self.profile, self.tally = profile, tally
         self._values: dict[Point, Tensor] = {}
+        self._bridges: dict[tuple[Point, str], Reference] = {}
+        self._carried: tuple[Point, tuple[Point, ...]] | None = None
 
-    def context(self, layer: int | None) -> Context:
-        """Return what the stages of a layer need besides their inputs."""
-        pair = self._pair
-        return Context(
+    def enter(self, captured: LayerStages) -> Context:
+        """Take in a layer's captured stages and return what its replay needs besides them."""
+        layer, pair = captured.layer, self._pair
+        entry = pair.graph.layer_input(layer)
+        values = {Point(layer, name): tensor for name, tensor in captured.stages.items()}
+        self._carry(entry, () if layer == 0 else self._arithmetics_to_carry())
+        if entry in self._values:
+            values[entry] = self._values[entry]
+        self._values = values
+        self._context = Context(
             facts=pair.oracle_facts,
             architecture=pair.architecture,
             weights={} if layer is None else pair.model_weights.layer(layer),
             call={} if layer is None else self._prelude.calls[layer],
             source=pair.model_weights,
             tokens=self._tokens,
+            types=pair.model_weights.types(layer),
         )
+        return self._context
 
-    def enter(self, captured: LayerStages) -> None:
-        """Take in a layer's captured stages; the layer's input is all that stays of the last."""
-        graph, layer = self._pair.graph, captured.layer
-        entry = graph.layer_input(layer)
-        kept = {entry: self._values[entry]} if entry in self._values else {}
-        self._gaps = {p: gap for p, gap in self._gaps.items() if p in kept}
-        self._values = kept | {Point(layer, name): t for name, t in captured.stages.items()}
-        self._captured = set(self._values) - set(kept)
+    def _carry(self, entry: Point, arithmetics: Sequence[Arithmetic]) -> None:
+        """Leave the last layer, keeping what stands in for its output where that is missing."""
+        bridges: dict[tuple[Point, str], Reference] = {}
+        gap: tuple[Point, ...] | None = None
+        if arithmetics and entry not in self._values:
+            gap = (*self._gap(entry), entry)
+            for arithmetic in arithmetics:
+                with suppress(UnfitError):
+                    bridges[entry, arithmetic.name] = self._bridge(entry, arithmetic)
+        self._bridges = bridges
+        self._carried = None if gap is None else (entry, gap)
 
-    def reference(self, point: Point, context: Context) -> Reference:
-        """Return the replay of a point; where the point was not captured it stands in for it."""
-        parents = self._pair.graph.parents(point)
-        reference = replay(point.stage, context, [self._values[p] for p in parents])
-        if point not in self._captured:
-            self._values[point] = reference.value
-            gap = {p for parent in parents for p in self._gaps.get(parent, ())} | {point}
-            self._gaps[point] = tuple(sorted(gap, key=self._pair.graph.order))
-        return reference
+    def _arithmetics_to_carry(self) -> list[Arithmetic]:
+        found = self.tally.explained_by()
+        return [EXACT, *found] if found else self.profile.arithmetics(["matmul"])
+
+    def reference(self, point: Point, arithmetic: Arithmetic = EXACT) -> Reference:
+        """Return the replay of a point in an arithmetic.
+
+        Raises:
+            UnfitError: the arithmetic's blocks do not fit the point's shapes.
+        """
+        inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
+        return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
+
+    def _input(self, point: Point, arithmetic: Arithmetic) -> Input:
+        if point in self._values:
+            return captured_input(self._values[point])
+        return replayed_input(self._bridge(point, arithmetic), arithmetic.tolerance.base)
+
+    def _bridge(self, point: Point, arithmetic: Arithmetic) -> Reference:
+        """Return what stands in for a point that was not captured."""
+        key = (point, arithmetic.name)
+        if self._carried and point == self._carried[0]:
+            return self._bridges.get(key) or self._bridges[point, EXACT.name]
+        if key not in self._bridges:
+            self._bridges[key] = self.reference(point, arithmetic.stored("float32"))
+        return self._bridges[key]
 
     def bracket(self, point: Point) -> tuple[Point, ...]:
         """Return the missing points that lie between this one and its captured ancestors."""
-        parents = self._pair.graph.parents(point)
-        gap = {p for parent in parents for p in self._gaps.get(parent, ())}
-        return tuple(sorted(gap, key=self._pair.graph.order))
+        return tuple(sorted(self._gap(point), key=self._pair.graph.order))
+
+    def _gap(self, point: Point) -> set[Point]:
+        found: set[Point] = set()
+        for parent in self._pair.graph.parents(point):
+            if self._carried and parent == self._carried[0]:
+                found.update(self._carried[1])
+            elif parent not in self._values:
+                found |= {parent} | self._gap(parent)
+        return found
 
     def parents_finite(self, point: Point, view_of: Callable[[Stage], View]) -> bool:
         """Return whether everything that the point was computed from is finite."""
         return all(
-            non_finite(self._values[p], view_of(STAGES[p.stage])) == 0
+            non_finite(self._input(p, EXACT).value, view_of(STAGES[p.stage])) == 0
             for p in self._pair.graph.parents(point)
         )
 
@@ -164,7 +222,7 @@ def measure_pair(
     engine: Engine,
     prompts: Sequence[Prompt],
     points: Sequence[Point],
-    arithmetic: Arithmetic,
+    profile: Profile,
     progress: Progress = lambda what, done, total: None,
 ) -> Measurement:
     """Run everything once and return the numbers.
@@ -174,16 +232,16 @@ def measure_pair(
         engine: runs the model under test.
         prompts: at least one.
         points: those to judge.
-        arithmetic: how the engine rounds.
+        profile: how the engine may round.
         progress: told after every layer.
     """
     result = Measurement()
-    runs = _Runs(pair, engine)
+    runs = _Runs(pair, engine, profile)
     shares_layers = getattr(engine, "shares_layers", False)
     lanes_at_once = (
         [list(enumerate(prompts))] if shares_layers else [[p] for p in enumerate(prompts)]
     )
-    checks = selftest.Checks(pair, arithmetic.tolerance)
+    checks = selftest.Checks(pair)
     wanted = frozenset(points)
     total = (pair.graph.n_layers + 1) * len(lanes_at_once)
     done = 0
@@ -194,7 +252,7 @@ def measure_pair(
                 checks.tokens(lane.prompt.tokens)
             for layer in [*range(pair.graph.n_layers), None]:
                 for lane in lanes:
-                    result.errors += _measure_layer(pair, lane, layer, wanted, arithmetic, checks)
+                    result.errors += _measure_layer(pair, lane, layer, wanted, checks)
                 if first == 0:
                     result.tensors += model_rows(pair) if layer is None else layer_rows(pair, layer)
                     if layer == 0:
@@ -203,6 +261,8 @@ def measure_pair(
                 progress("final norm and head" if layer is None else f"layer {layer}", done, total)
     except CaptureError as error:
         checks.fail("capture", str(error))
+    result.arithmetics = runs.tally.arithmetics()
+    result.errors = settled(result.errors, result.arithmetics)
     result.self_tests = checks.results()
     return result
 
@@ -212,14 +272,12 @@ def _measure_layer(
     lane: _Lane,
     layer: int | None,
     wanted: frozenset[Point],
-    arithmetic: Arithmetic,
     checks: selftest.Checks,
 ) -> Iterator[PointErrors]:
     model, oracle, shadow = next(lane.model), next(lane.oracle), next(lane.shadow)
     replays = lane.model_replay
-    replays.enter(model)
+    context = replays.enter(model)
     lane.shadow_replay.enter(shadow)
-    context = replays.context(layer)
     seen = visible(context) if layer is not None else None
 
     def view_of(stage: Stage) -> View:
@@ -229,17 +287,13 @@ def _measure_layer(
     for stage in pair.graph.of_layer(layer):
         point, view = Point(layer, stage.name), view_of(stage)
         if layer in pair.witnesses and lane.index == 0:
-            truth = lane.shadow_replay.reference(point, context)
+            truth = lane.shadow_replay.reference(point)
             checks.replay(point, shadow.stages[stage.name], truth, view)
-        if point not in wanted and stage.name in model.stages:
-            continue
-        reference = replays.reference(point, context)
         if point not in wanted:
-            continue  # only the replay's way across a missing stage
+            continue
         yield _point_errors(
-            point, lane, model.stages, oracle.stages, shadow.stages, reference, view, view_of,
-            arithmetic, checks,
-        )  # fmt: skip
+            point, lane, model.stages, oracle.stages, shadow.stages, view, view_of, checks
+        )
 
 
 def _point_errors(
@@ -248,10 +302,8 @@ def _point_errors(
     model: Mapping[str, Tensor],
     oracle: Mapping[str, Tensor],
     shadow: Mapping[str, Tensor],
-    reference: Reference,
     view: View,
     view_of: Callable[[Stage], View],
-    arithmetic: Arithmetic,
     checks: selftest.Checks,
 ) -> PointErrors:
     name, shape = point.stage, tuple(oracle[point.stage].shape)
@@ -261,10 +313,11 @@ def _point_errors(
             point=point, prompt=lane.index, shape=shape, missing=True, weights=weights
         )
     value, replays = model[name], lane.model_replay
-    local = measure(value, reference.value, view)
-    born = local.non_finite_a if replays.parents_finite(point, view_of) else 0
+    readings = _readings(point, value, replays, view)
+    exact = readings[0]
+    born = exact.local.non_finite_a if replays.parents_finite(point, view_of) else 0
     if lane.index == 0:
-        checks.canary(point, value, reference, view)
+        checks.canary(point, value, view)
     return PointErrors(
         point=point,
         prompt=lane.index,
@@ -272,8 +325,57 @@ def _point_errors(
         total=measure(value, oracle[name], view),
         weights=weights,
         engine=measure(value, shadow[name], view),
-        local=local,
-        worst=judge(value, reference, view, arithmetic.tolerance),
+        local=exact.local,
+        worst=exact.worst,
+        readings=readings,
         born_non_finite=born,
         bracket=replays.bracket(point),
     )
+
+
+def _readings(point: Point, value: Tensor, replays: _Replay, view: View) -> tuple[Reading, ...]:
+    """Return the exact reading and, where that leaves an error, all that explain it."""
+    kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*replays.bracket(point), point])
+    exact, *others = replays.profile.arithmetics(kinds)
+    first = _reading(point, value, replays, view, exact)
+    assert first is not None  # the exact arithmetic has no blocks
+    if first.explains:
+        replays.tally.add(point.stage, () if first.worst is None else (first,))
+        return (first,)
+    leader = replays.tally.leader(point.stage)
+    if leader in others:
+        reading = _reading(point, value, replays, view, leader)
+        if reading is not None and reading.explains:
+            return first, reading
+    dtype = next((d for d in ("bfloat16", "float16") if fits(value, d)), "float32")
+    found = [
+        reading
+        for arithmetic in others
+        if arithmetic.storage in ("float32", dtype)
+        and (reading := _reading(point, value, replays, view, arithmetic)) is not None
+        and reading.explains
+        and _is_far_better(reading, first)
+    ]
+    replays.tally.add(point.stage, found)
+    return first, *found
+
+
+def _reading(
+    point: Point, value: Tensor, replays: _Replay, view: View, arithmetic: Arithmetic
+) -> Reading | None:
+    try:
+        reference = replays.reference(point, arithmetic)
+    except UnfitError:
+        return None
+    return Reading(
+        arithmetic=arithmetic,
+        local=measure(value, reference.value, view),
+        worst=judge(value, reference, view, arithmetic.tolerance),
+    )
+
+
+def _is_far_better(reading: Reading, exact: Reading) -> bool:
+    """Rounding that is emulated leaves a tenth of the error at most; a dtype shows in the bits."""
+    if reading.arithmetic.storage != "float32":
+        return True
+    return 10 * reading.local.rel_l2 <= exact.local.rel_l2

@@ -61,13 +61,19 @@ class TransformersRunner:
 
     Args:
         config: the oracle's configuration; it is copied.
-        weights: tensors by Hugging Face names.
+        weights: tensors by Hugging Face names, of ``dtype``.
+        dtype: in which the modules compute; the oracle's is float32.
 
     Raises:
         ArchitectureError: transformers has no causal language model for the configuration.
     """
 
-    def __init__(self, config: PretrainedConfig, weights: WeightSource) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: WeightSource,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         _register_attention()
@@ -80,7 +86,7 @@ class TransformersRunner:
                 )
         except (ValueError, KeyError) as error:
             raise ArchitectureError(f"transformers cannot build the oracle: {error}") from error
-        self._model.eval().float()
+        self._model.eval().to(dtype)
         self._base = self._model.model
         # Buffers made on the meta device stay there: the rotary tables must be real.
         self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)

@@ -4,26 +4,26 @@ Written apart from ``forward.py``, in float64 except for the large matmuls (floa
 shadow's weights; masks and rotary tables are those that transformers prepared. Beside its value
 every stage returns its *response*: how far the value moves when each input moves by one ulp. That
 is what decides how much rounding is normal (a softmax over scores of 500 amplifies, a norm not).
-Every run replays transformers' own stages as well (self-test), so a fault in here is no verdict.
+An arithmetic's roundings are emulated: of a product's operands, and of what is kept. Every run
+replays transformers' own stages as well (self-test), so a fault in here is no verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, Architecture
+from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD, Architecture
+from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, GGML_INPUTS, Arithmetic
 from pytest_aprt.facts import Facts
+from pytest_aprt.rounding import ROUNDINGS, Rounded, kept_as
 from pytest_aprt.stages import STAGES
-from pytest_aprt.weights import WeightSource, logits
-
-ULP = 2.0**-24
-"""Half the spacing of float32 at 1: the relative error of one rounding."""
+from pytest_aprt.weights import WeightSource, row_chunks
 
 ANGLE_ULPS = 0.25
 """Rotary angles are position times frequency, a float32 that is an input too and grows with the
@@ -34,12 +34,44 @@ PROBES = 8
 single token's channel may look insensitive by chance (chi-squared, 8 degrees of freedom)."""
 
 
+REPLAYED_ULPS = 168.0
+"""How far an input may be off that was itself replayed: the tolerance of float32, in ulps."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A parent's value, float64, and how far each element moves in a probe of the response."""
+
+    value: Tensor
+    move: Tensor
+    captured: bool
+
+
+def captured_input(value: Tensor) -> Input:
+    """Return an input that was captured: it moves by one ulp."""
+    value = value.double()
+    return Input(value, value.abs() * FLOAT32_ULP, captured=True)
+
+
+def replayed_input(reference: Reference, tolerance: float) -> Input:
+    """Return an input that was itself replayed: it moves by its rounding and by its response."""
+    move = torch.hypot(reference.value.abs() * FLOAT32_ULP, reference.response)
+    if reference.doubt is not None:
+        move = move + reference.doubt * (FLOAT32_ULP / tolerance)
+    return Input(reference.value, move, captured=False)
+
+
 @dataclass(frozen=True)
 class Reference:
-    """What a stage should be, and its response to one-ulp changes of its inputs, both float64."""
+    """What a stage should be, and its response to one-ulp changes of its inputs, both float64.
+
+    ``doubt`` is how far each element may be off because an operand lies on the edge between two
+    roundings; None where nothing does.
+    """
 
     value: Tensor
     response: Tensor
+    doubt: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +79,8 @@ class Context:
     """What a layer's replay needs besides captured stages.
 
     ``call`` holds what transformers hands to the layer: ``attention_mask`` and
-    ``position_embeddings``. For whole-model stages it is empty.
+    ``position_embeddings``. For whole-model stages it is empty. ``types`` gives the GGUF type of
+    every weight of the layer, and of the head. ``arithmetic`` is how the stage was computed.
     """
 
     facts: Facts
@@ -56,30 +89,73 @@ class Context:
     call: Mapping[str, Any]
     source: WeightSource
     tokens: tuple[int, ...]
+    types: Mapping[str, str]
+    arithmetic: Arithmetic = EXACT
+    edge_ulps: float = 0.0
+
+    def first(self, x: Tensor, type_of_second: str = "") -> Rounded:
+        """Round a product's first operand; raises UnfitError where its format does not fit."""
+        name = self.arithmetic.first
+        if name == "ggml":
+            name = GGML_INPUTS.get(type_of_second, "none")
+        return self._rounded(name, x)
+
+    def second(self, x: Tensor) -> Rounded:
+        """Round a product's second operand."""
+        return self._rounded(self.arithmetic.second, x)
+
+    def _rounded(self, name: str, x: Tensor) -> Rounded:
+        rounded = ROUNDINGS[name](x.float(), self.edge_ulps)
+        if rounded is None:
+            raise UnfitError(name)
+        return rounded
+
+
+class UnfitError(Exception):
+    """A rounding's blocks do not fit the shape, so no engine computes the stage that way."""
 
 
 Inputs = list[Tensor]
+_Moves = list[Tensor]
 _Function = Callable[[Context, Inputs], Tensor]
 
 
-def replay(stage: str, context: Context, inputs: Inputs) -> Reference:
+def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     """Recompute ``stage`` from the values of its parents, in the order that STAGES gives them.
 
     Args:
         stage: name of the stage.
         context: weights, facts and what transformers handed to the layer.
-        inputs: the parents' values, shaped as STAGES says, any float dtype.
+        inputs: the parents, shaped as STAGES says.
+
+    Raises:
+        UnfitError: the arithmetic's blocks do not fit the inputs' shapes.
     """
+    last = slice(-1, None) if STAGES[stage].last_token else slice(None)
+    values, moves = [i.value[last] for i in inputs], [i.move[last] for i in inputs]
+    if not all(i.captured for i in inputs):
+        context = replace(context, edge_ulps=REPLAYED_ULPS)
+    reference = _replay(stage, context, values, moves)
     if STAGES[stage].last_token:
-        last = _replay(stage, context, [value[-1:] for value in inputs])
-        return Reference(last.value[0], last.response[0])
-    return _replay(stage, context, inputs)
+        doubt = None if reference.doubt is None else reference.doubt[0]
+        reference = Reference(reference.value[0], reference.response[0], doubt)
+    kept = kept_as(reference.value, context.arithmetic.storage)
+    return Reference(kept, reference.response, reference.doubt)
 
 
-def _replay(stage: str, context: Context, inputs: Inputs) -> Reference:
-    inputs = [value.double() for value in inputs]
+def _replay(stage: str, context: Context, inputs: Inputs, moves: _Moves) -> Reference:
     if stage in _LINEAR:
-        return _linear(_LINEAR[stage], context, inputs[0])
+        return _linear(_LINEAR[stage], context, inputs[0], moves[0])
+    reference = _responsive(stage, context, inputs, moves)
+    if stage not in _PRODUCTS or (context.arithmetic.first, context.arithmetic.second) == (
+        "none", "none",
+    ):  # fmt: skip
+        return reference
+    value, doubt = _PRODUCTS[stage](context, inputs)
+    return Reference(value, reference.response, doubt)
+
+
+def _responsive(stage: str, context: Context, inputs: Inputs, moves: _Moves) -> Reference:
     function = _FUNCTIONS[stage]
     value = function(context, inputs)
     if not inputs:
@@ -87,20 +163,55 @@ def _replay(stage: str, context: Context, inputs: Inputs) -> Reference:
     square = torch.zeros_like(value)
     probes = _probes(inputs[0])
     for probe in range(probes):
-        moved = [x * (1 + ULP * _signs(x, seed=probe * 8 + i)) for i, x in enumerate(inputs)]
+        moved = [
+            x + move * _signs(x, seed=probe * 8 + i)
+            for i, (x, move) in enumerate(zip(inputs, moves, strict=True))
+        ]
         square += (function(context, moved) - value).square()
     if stage in _ROTARY:
-        turned = _turned(stage, context, inputs, angle_error=ANGLE_ULPS * ULP)
+        turned = _turned(stage, context, inputs, angle_error=ANGLE_ULPS * FLOAT32_ULP)
         square += probes * (turned - value).square()
     return Reference(value, (square / probes).sqrt())
 
 
-def _linear(function: _Function, context: Context, x: Tensor) -> Reference:
+def _linear(tensors: tuple[str, ...], context: Context, x: Tensor, move: Tensor) -> Reference:
     """Weights pass through the cache once: values and probes are stacked along the tokens."""
-    probes = _probes(x)
-    stacked = torch.cat([x] + [x * _signs(x, seed=i) for i in range(probes)]).float()
-    value, *moved = function(context, [stacked]).double().split(x.shape[0])
-    return Reference(value, torch.stack(moved).square().mean(0).sqrt() * ULP)
+    probes, tokens = _probes(x), x.shape[0]
+    ulps = move / FLOAT32_ULP  # keeps the products far from the smallest float32
+    moving = torch.cat([ulps * _signs(x, seed=i) for i in range(probes)]).float()
+    values, responses, doubts = [], [], []
+    for name in tensors:
+        first = context.first(x, context.types.get(name, ""))
+        stacked = torch.cat([first.value, moving])
+        for weight in _weight_chunks(context, name):
+            second = context.second(weight).value
+            value, *moved = (stacked @ second.T).double().split(tokens)
+            values.append(value)
+            responses.append(torch.stack(moved).square().mean(0).sqrt() * FLOAT32_ULP)
+            doubts.append(_doubt(first, second))
+    doubt = None
+    if any(d is not None for d in doubts):
+        pairs = zip(doubts, values, strict=True)
+        doubt = torch.cat([torch.zeros_like(v) if d is None else d for d, v in pairs], dim=-1)
+    return Reference(torch.cat(values, dim=-1), torch.cat(responses, dim=-1), doubt)
+
+
+def _weight_chunks(context: Context, name: str) -> Iterator[Tensor]:
+    if name != HEAD:
+        yield context.weights[name]
+        return
+    for rows in row_chunks(context.facts.vocab):
+        yield context.source.rows(HEAD, rows)
+
+
+def _doubt(first: Rounded, second: Tensor) -> Tensor | None:
+    """Return how far a product may be off: the doubtful inputs, each with its weight's size."""
+    if first.doubt is None:
+        return None
+    columns = first.doubt.any(0).nonzero()[:, 0]
+    if not len(columns):
+        return None
+    return (first.doubt[:, columns] @ second[:, columns].abs().T).double()
 
 
 def _probes(x: Tensor) -> int:
@@ -135,14 +246,6 @@ def _final_norm(c: Context, inputs: Inputs) -> Tensor:
 def _rms(x: Tensor, gamma: Tensor, c: Context) -> Tensor:
     mean_square = (x * x).sum(-1, keepdim=True) / x.shape[-1]
     return x / (mean_square + c.facts.eps).sqrt() * (gamma.double() + c.architecture.norm_offset)
-
-
-def _projection(stage: str) -> _Function:
-    def function(c: Context, inputs: Inputs) -> Tensor:
-        outputs = [inputs[0] @ c.weights[name].T for name in STAGES[stage].tensors]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-    return function
 
 
 def _qkv_bias(c: Context, inputs: Inputs) -> Tensor:
@@ -195,9 +298,34 @@ def _angles(c: Context, tokens: int) -> Tensor:
 
 
 def _scores(c: Context, inputs: Inputs) -> Tensor:
-    q, k = (x.reshape(x.shape[0], -1, c.facts.head_dim).transpose(0, 1) for x in inputs)
-    k = k.repeat_interleave(c.facts.heads // c.facts.kv_heads, dim=0)
-    return q @ k.transpose(1, 2) / math.sqrt(c.facts.head_dim)  # (n, T, T)
+    q, k = (_by_head(c, x) for x in inputs)
+    return q @ _shared(c, k).transpose(1, 2) / math.sqrt(c.facts.head_dim)  # (n, T, T)
+
+
+def _rounded_scores(c: Context, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q, k = c.first(_by_head(c, inputs[0])), c.second(_by_head(c, inputs[1]))
+    k = k.rearranged(lambda x: _shared(c, x))
+    return _rounded_product(q, k, math.sqrt(c.facts.head_dim))
+
+
+def _by_head(c: Context, x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1, c.facts.head_dim).transpose(0, 1)  # (heads, T, D)
+
+
+def _shared(c: Context, x: Tensor) -> Tensor:
+    """Repeat every kv head for the heads that read it."""
+    return x.repeat_interleave(c.facts.heads // c.facts.kv_heads, dim=0)
+
+
+def _rounded_product(a: Rounded, b: Rounded, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return ``a @ b.T / scale`` of (heads, T, X) operands, and how far it may be off."""
+    x, y = a.value.double(), b.value.double()
+    doubt = torch.zeros(*x.shape[:2], y.shape[1], dtype=torch.float64)
+    if a.doubt is not None:
+        doubt += a.doubt.double() @ y.abs().transpose(1, 2)
+    if b.doubt is not None:
+        doubt += x.abs() @ b.doubt.double().transpose(1, 2)
+    return x @ y.transpose(1, 2) / scale, doubt / scale
 
 
 def visible(c: Context) -> Tensor:
@@ -216,9 +344,16 @@ def _softmax(c: Context, inputs: Inputs) -> Tensor:
 
 def _attention(c: Context, inputs: Inputs) -> Tensor:
     probabilities, qkv = inputs
-    v = _heads(c, qkv, 2).transpose(0, 1)
-    v = v.repeat_interleave(c.facts.heads // c.facts.kv_heads, dim=0)
+    v = _shared(c, _heads(c, qkv, 2).transpose(0, 1))
     return (probabilities @ v).transpose(0, 1).flatten(1)  # (T, nD)
+
+
+def _rounded_attention(c: Context, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    p, v = c.first(inputs[0]), c.second(_heads(c, inputs[1], 2).transpose(0, 1))
+    # Cached values are rounded along their channels, and multiplied along the keys.
+    v = v.rearranged(lambda x: _shared(c, x).transpose(1, 2))
+    value, doubt = _rounded_product(p, v)
+    return value.transpose(0, 1).flatten(1), doubt.transpose(0, 1).flatten(1)
 
 
 def _sum(c: Context, inputs: Inputs) -> Tensor:
@@ -233,14 +368,11 @@ def _product(c: Context, inputs: Inputs) -> Tensor:
     return inputs[0] * inputs[1]
 
 
-def _logits(c: Context, inputs: Inputs) -> Tensor:
-    return logits(c.source, inputs[0], c.facts.vocab)
-
-
-_LINEAR: dict[str, _Function] = {
-    stage: _projection(stage)
-    for stage in ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
-} | {"lm_head": _logits}
+_LINEAR: dict[str, tuple[str, ...]] = {
+    stage: STAGES[stage].tensors
+    for stage in ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
+}
+_PRODUCTS = {"attn_scores": _rounded_scores, "attention": _rounded_attention}
 _FUNCTIONS: dict[str, _Function] = {
     "embedding": _embedding,
     "attn_norm": _norm("attn_norm"),

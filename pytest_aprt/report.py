@@ -53,7 +53,8 @@ class ModelJson(TypedDict):
     source: str
     kind: str
     engine: str
-    arithmetic: str
+    arithmetic: str  # as found or declared; stages that differ are named
+    profile: str  # what was asked for or declared
     architecture: str
     quantisation: dict[str, int]
     sha256: str
@@ -226,7 +227,6 @@ def build(
     measurement: Measurement,
     facts: list[FactRow],
     verdict: Verdict,
-    tolerance_source: str,
     notes: list[str],
     graph: Any,
 ) -> Report:
@@ -261,7 +261,7 @@ def build(
             "config": [_fact(row) for row in facts],
             "weights": [_tensor(row) for row in measurement.tensors],
         },
-        "points": [_point(judged, tolerance_source) for judged in verdict.points],
+        "points": [_point(judged) for judged in verdict.points],
         "notes": notes,
     }
     return report
@@ -320,11 +320,12 @@ def _origin(judged: Judged) -> OriginJson:
     }
 
 
-def _point(judged: Judged, tolerance_source: str) -> PointJson:
+def _point(judged: Judged) -> PointJson:
     e = judged.errors
     tolerance: ToleranceJson | None = None
     if e and e.worst:
-        tolerance = {"rel_l2": number(e.worst.tolerance), "source": tolerance_source}
+        source = f"{e.arithmetic.name}: {e.arithmetic.tolerance.source}"
+        tolerance = {"rel_l2": number(e.worst.tolerance), "source": source}
     return {
         **_place(judged.point),
         "shape": list(e.shape) if e else [],

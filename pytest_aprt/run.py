@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pytest_aprt import report
-from pytest_aprt.arithmetic import ARITHMETICS
+from pytest_aprt.arithmetic import Profile, profile_named
 from pytest_aprt.capture import CheckedEngine, Engine
+from pytest_aprt.consensus import in_words
 from pytest_aprt.errors import SettingsError, SourceError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Progress, Prompt, measure_pair
@@ -43,9 +44,9 @@ def run(
     pair = open_pair(headers)
     prompts = prompts_of(settings, pair)
     engine, name = _engine(pair, settings, user_engine)
-    arithmetic = ARITHMETICS["float32" if settings.arithmetic == "auto" else settings.arithmetic]
+    profile = _profile(settings, engine)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
-    measurement = measure_pair(pair, engine, prompts, points, arithmetic, progress)
+    measurement = measure_pair(pair, engine, prompts, points, profile, progress)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)
     thresholds = {
@@ -68,7 +69,8 @@ def run(
             "source": settings.model,
             "kind": settings.model_kind,
             "engine": name,
-            "arithmetic": arithmetic.name,
+            "arithmetic": in_words(measurement.arithmetics),
+            "profile": profile.name,
             "architecture": pair.architecture.name,
             "quantisation": dict(Counter(t.type for t in pair.gguf.tensors.values()).most_common()),
             "sha256": pair.gguf.sha256(),
@@ -82,7 +84,6 @@ def run(
         measurement=measurement,
         facts=facts,
         verdict=verdict,
-        tolerance_source=f"{arithmetic.name}: {arithmetic.source}",
         notes=_notes(prompts),
         graph=pair.graph,
     )
@@ -136,6 +137,14 @@ def _engine(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[En
         dump = DumpRunner.open(settings.model)
         return CheckedEngine(dump, pair.graph, pair.oracle_facts, settings.model), "dump"
     return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin"
+
+
+def _profile(settings: Settings, engine: Engine) -> Profile:
+    """Return the profile that was asked for, else the one that the engine declares, else auto."""
+    declared = getattr(engine, "arithmetic", None)
+    if settings.arithmetic == "auto" and declared:
+        return profile_named(str(declared))
+    return profile_named(settings.arithmetic)
 
 
 def _notes(prompts: list[Prompt]) -> list[str]:

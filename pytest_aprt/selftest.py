@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pytest_aprt.arithmetic import STORAGE
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.compare import View, judge, measure
 from pytest_aprt.replay import Reference
@@ -48,13 +49,12 @@ class Checks:
 
     Args:
         pair: the opened model and oracle.
-        tolerance: of the engine's arithmetic, for the canary.
     """
 
-    REPLAY_TOLERANCE = 1e-5  # transformers computes in float32, whatever the engine does
+    TOLERANCE = STORAGE["float32"]  # transformers computes in it, whatever the engine does
 
-    def __init__(self, pair: Pair, tolerance: float) -> None:
-        self._pair, self._tolerance = pair, tolerance
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
         self._failures: dict[str, str] = {}
         self._seen: dict[str, int] = dict.fromkeys(NAMES, 0)
         self._worst_replay: tuple[float, Point] | None = None
@@ -111,7 +111,7 @@ class Checks:
 
     def replay(self, point: Point, shadow: Tensor, reference: Reference, view: View) -> None:
         """Judge transformers' own stage on the model's weights by the replay."""
-        worst = judge(shadow, reference, view, self.REPLAY_TOLERANCE)
+        worst = judge(shadow, reference, view, self.TOLERANCE)
         if worst is None:
             return
         self._seen["replay"] += 1
@@ -122,7 +122,7 @@ class Checks:
                       f"(tolerance {worst.tolerance:.1e}): this model computes something that the "
                       "table of architectures does not say")  # fmt: skip
 
-    def canary(self, point: Point, value: Tensor, reference: Reference, view: View) -> None:
+    def canary(self, point: Point, value: Tensor, view: View) -> None:
         """Turn the sign of the largest value in a copy: the comparison must find that element."""
         if self._seen["canary"] or not bool(torch.isfinite(value).all()) or not bool(value.any()):
             return
@@ -132,7 +132,7 @@ class Checks:
         changed.view(-1)[place] *= -1
         expected = [int(i) for i in torch.unravel_index(torch.tensor(place), view(value).shape)]
         found = measure(changed, value, view).max_abs_at
-        worst = judge(changed, Reference(value, reference.response), view, self._tolerance)
+        worst = judge(changed, Reference(value, torch.zeros_like(value)), view, self.TOLERANCE)
         if worst is None or worst.excess <= 1 or list(found.values()) != expected:
             self.fail(
                 "canary", f"a changed element of {point} was not found: the comparison is blind"
@@ -159,6 +159,6 @@ class Checks:
         }
         if self._worst_replay:
             excess, point = self._worst_replay
-            error = excess * self.REPLAY_TOLERANCE
+            error = excess * self.TOLERANCE.base
             details["replay"] += f": {seen['replay']} points, worst {point} at {error:.0e}"
         return details

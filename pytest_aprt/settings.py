@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_aprt.arithmetic import PROFILES, profile_named
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
 
 DEFAULT_PROMPT = "What is 2+2?"
 DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
 ENGINES = ("auto", "builtin")
-ARITHMETIC_NAMES = ("auto", "float32")
 PYTHON_PREFIX = "python:"
 
 
@@ -64,7 +64,7 @@ OPTIONS = (
     Option(name="threshold", kind="list", metavar="STAGE=COS",
            help="Threshold on cosine of one stage, repeatable"),
     Option(name="arithmetic", kind="value", metavar="NAME",
-           help=f"How the engine rounds: {', '.join(ARITHMETIC_NAMES)}"),
+           help=f"How the engine rounds: {', '.join(PROFILES)}; and ,storage= ,cache= behind it"),
     Option(name="strict", kind="flag",
            help="Fail every point whose total is below its threshold, noise or not"),
     Option(name="report", kind="value", metavar="DIR",
@@ -159,7 +159,7 @@ def read_settings(get: Get, *, command: str) -> Settings | None:
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
         layers=get("aprt_layers") or "all",
         thresholds=_thresholds(cosine, source, get("aprt_threshold") or ()),
-        arithmetic=_one_of("--aprt-arithmetic", get("aprt_arithmetic") or "auto", ARITHMETIC_NAMES),
+        arithmetic=profile_named(get("aprt_arithmetic") or "auto").name,
         strict=bool(get("aprt_strict")),
         report=Path(report) if report else None,
         command=command,

@@ -134,7 +134,9 @@ Change = Callable[[Array, Workings], Array]
 class NumpyEngine:
     """Runs the weights with NumPy in float32; ``faults`` maps (layer, stage) to what goes wrong.
 
-    A fault of layer ``-1`` is planted in every layer.
+    A fault of layer ``-1`` is planted in every layer. ``matmul`` is the product of (T, X) inputs
+    and (Y, X) weights, ``kept`` rounds what every stage leaves behind, ``cached`` rounds K and V
+    as they are read back.
     """
 
     weights: WeightSource
@@ -142,6 +144,8 @@ class NumpyEngine:
     architecture: Architecture
     faults: Mapping[tuple[int | None, str], Change] = field(default_factory=dict)
     matmul: Callable[[Array, Array], Array] = field(default=lambda x, w: x @ w.T)
+    kept: Callable[[Array], Array] = field(default=lambda x: x)
+    cached: Callable[[Array], Array] = field(default=lambda x: x)
 
     def layers(self, tokens: Sequence[int]) -> Iterator[tuple[int | None, dict[str, Array]]]:
         """Yield every stage, the faults in place."""
@@ -175,7 +179,7 @@ class NumpyEngine:
             change = self.faults.get((layer, stage))
             if change is not None and not (layer == -1 and work.layer is None):
                 value = change(value.copy(), work)
-        work.stages[stage] = value.astype(np.float32)
+        work.stages[stage] = self.kept(value.astype(np.float32))
         return work.stages[stage]
 
     def _layer(self, work: Workings) -> None:
@@ -192,13 +196,13 @@ class NumpyEngine:
             put("qkv_bias", qkv + np.concatenate([w[f"self_attn.{p}_proj.bias"] for p in "qkv"]))
         put("q_post_rope", work.rope(work.normed("q")).reshape(t, -1))
         put("k_post_rope", work.rope(work.normed("k")).reshape(t, -1))
-        q, k = work.heads("q_post_rope"), work.shared(work.heads("k_post_rope"))
+        q, k = work.heads("q_post_rope"), work.shared(self.cached(work.heads("k_post_rope")))
         scores = np.stack([q[:, h] @ k[:, h].T for h in range(f.heads)]) / np.float32(math.sqrt(d))
         put("attn_scores", scores)
         assert work.layer is not None
         hidden = hidden_keys(t, f.windows[work.layer])
         put("attn_softmax", softmax(np.where(hidden, -np.inf, work.stages["attn_scores"])))
-        p, v = work.stages["attn_softmax"], work.shared(work.qkv()[2])
+        p, v = work.stages["attn_softmax"], work.shared(self.cached(work.qkv()[2]))
         mixed = np.stack([p[h] @ v[:, h] for h in range(f.heads)], axis=1)
         put("attention", mixed.reshape(t, -1))
         out = put("attn_out", self.matmul(work.stages["attention"], w["self_attn.o_proj.weight"]))

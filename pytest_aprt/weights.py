@@ -100,6 +100,14 @@ class GgufWeights:
         """Return some rows of a whole-model matrix, dequantised to float32."""
         return torch.from_numpy(self._file.rows(self.name_of(name), indices))
 
+    def types(self, layer: int | None) -> dict[str, str]:
+        """Return the quantisation type of every matrix of a layer (None: of the head)."""
+        if layer is None:
+            return {HEAD: self._file.tensors[self.name_of(HEAD)].type}
+        names = {s: self._architecture.layer_tensor(layer, s) for s in
+                 self._architecture.layer_tensors}  # fmt: skip
+        return {s: self._file.tensors[n].type for s, n in names.items() if n in self._file.tensors}
+
     def has(self, layer: int, suffix: str) -> bool:
         """Return whether the file holds a layer's tensor."""
         return self._architecture.layer_tensor(layer, suffix) in self._file.tensors

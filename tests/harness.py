@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pytest_aprt.arithmetic import ARITHMETICS
+from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
@@ -35,10 +35,16 @@ def faulty(pair: Pair, fault=None) -> CheckedEngine:
     return CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
 
 
-def verdict_of(pair: Pair, engine, *prompts: tuple[int, ...], strict: bool = False) -> Verdict:
+def verdict_of(
+    pair: Pair,
+    engine,
+    *prompts: tuple[int, ...],
+    strict: bool = False,
+    profile: str = "auto",
+) -> Verdict:
     asked = [Prompt(text="", tokens=tokens) for tokens in prompts or (TOKENS,)]
     points = pair.graph.points
-    result = measure_pair(pair, engine, asked, points, ARITHMETICS["float32"])
+    result = measure_pair(pair, engine, asked, points, PROFILES[profile])
     facts = fact_rows(pair, max(len(prompt.tokens) for prompt in asked))
     return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
 

@@ -1,0 +1,113 @@
+"""Which arithmetic each stage is in: what is found in most layers is the engine's way to compute.
+
+A rounding in one layer alone is a fault, and the same rounding in every layer is an arithmetic.
+So the readings of all layers vote, stage by stage, before anything is judged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from pytest_aprt.arithmetic import EXACT, Arithmetic
+from pytest_aprt.compare import Metrics, Slice
+
+if TYPE_CHECKING:
+    from pytest_aprt.measure import PointErrors
+
+_ENOUGH = 3
+"""Points of a stage that are read in every arithmetic before the leading one is tried first."""
+
+_LEAST_SUPPORT = 2
+"""Points of a run that an arithmetic must explain; one alone may be a fault that looks like it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The local error of a point, if its stage was computed in this arithmetic."""
+
+    arithmetic: Arithmetic
+    local: Metrics
+    worst: Slice | None
+
+    @property
+    def explains(self) -> bool:
+        """Whether nothing but rounding is left."""
+        return self.worst is None or self.worst.excess <= 1
+
+
+@dataclass
+class Tally:
+    """Counts, stage by stage, which arithmetics explain what the exact one does not."""
+
+    _of_stage: dict[str, list[Sequence[Reading]]] = field(default_factory=lambda: defaultdict(list))
+    _support: Counter[str] = field(default_factory=Counter)
+    _known: dict[str, Arithmetic] = field(default_factory=dict)
+
+    def add(self, stage: str, explaining: Sequence[Reading]) -> None:
+        """Take in all that explain one point."""
+        if explaining:
+            self._of_stage[stage].append(explaining)
+        for reading in explaining:
+            self._support[reading.arithmetic.name] += 1
+            self._known.setdefault(reading.arithmetic.name, reading.arithmetic)
+
+    def leader(self, stage: str) -> Arithmetic | None:
+        """Return the arithmetic to try first, once enough points were read in all of them."""
+        known = self._of_stage.get(stage, ())
+        return self.choice(stage) if len(known) >= _ENOUGH else None
+
+    def choice(self, stage: str) -> Arithmetic:
+        """Return the arithmetic that explains most points of a stage, and of these the nearest."""
+        count: Counter[str] = Counter()
+        error: dict[str, float] = defaultdict(float)
+        for explaining in self._of_stage.get(stage, ()):
+            for reading in explaining:
+                count[reading.arithmetic.name] += 1
+                error[reading.arithmetic.name] += reading.local.rel_l2
+        fit = [name for name in count if self._support[name] >= _LEAST_SUPPORT]
+        if EXACT.name in count:
+            fit.append(EXACT.name)
+        if not fit:
+            return EXACT
+        best = min(fit, key=lambda name: (-count[name], name != EXACT.name, error[name]))
+        return self._known[best]
+
+    def arithmetics(self) -> dict[str, Arithmetic]:
+        """Return the arithmetic of every stage of which a point was explained."""
+        return {stage: self.choice(stage) for stage in self._of_stage}
+
+    def explained_by(self) -> list[Arithmetic]:
+        """Return every arithmetic but the exact one that explained a point so far."""
+        return [a for name, a in self._known.items() if name != EXACT.name]
+
+
+def settled(
+    errors: Sequence[PointErrors], arithmetics: Mapping[str, Arithmetic]
+) -> list[PointErrors]:
+    """Return the errors, each read in the arithmetic of its stage.
+
+    A point that only another arithmetic explains keeps its exact reading, so it is an origin.
+    """
+    return [_read(e, arithmetics.get(e.point.stage, EXACT)) for e in errors]
+
+
+def _read(e: PointErrors, arithmetic: Arithmetic) -> PointErrors:
+    for reading in e.readings:
+        if reading.arithmetic.name == arithmetic.name:
+            return replace(e, local=reading.local, worst=reading.worst, arithmetic=arithmetic)
+    return e
+
+
+def in_words(arithmetics: Mapping[str, Arithmetic]) -> str:
+    """Return the run's arithmetic: one name, or each name with the stages that it holds for."""
+    stages: dict[str, list[str]] = defaultdict(list)
+    for stage, arithmetic in arithmetics.items():
+        stages[arithmetic.name].append(stage)
+    if len(stages) <= 1:
+        return next(iter(stages), EXACT.name)
+    rest = max(stages, key=lambda name: len(stages[name]))
+    special = [f"{name} at {', '.join(stages[name])}" for name in stages if name != rest]
+    return f"{rest}; " + "; ".join(special)

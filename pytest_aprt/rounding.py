@@ -1,0 +1,123 @@
+"""The roundings that engines apply to a product's operands and to what they keep.
+
+Each returns the rounded values and a *doubt*: how far another correct implementation may be off,
+because the value lies on the edge between two roundings. Blocks run along the last axis. The
+formats are ggml's (ggml-common.h, quantize_row_q8_0_ref and its kin); tests compare bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytest_aprt.arithmetic import FLOAT32_ULP
+
+EDGE_ULPS = 4
+"""A value this near the middle between two roundings may go either way: engines form a block's
+scale as max/127 or as 1/(127/max), and multiply or divide by it, which differ by 2 ulps."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Rounded(NamedTuple):
+    """Rounded values, float32, and how far each may be off (None: not at all)."""
+
+    value: Tensor
+    doubt: Tensor | None = None
+
+    def rearranged(self, change: Callable[[Tensor], Tensor]) -> Rounded:
+        """Return both after a change of their layout."""
+        return Rounded(change(self.value), None if self.doubt is None else change(self.doubt))
+
+
+Rounding = Callable[[Tensor, float], "Rounded | None"]
+"""Takes float32 values and the relative error of the inputs in ulps (0 where they were captured);
+None where the format does not fit the shape."""
+
+
+def _none(x: Tensor, ulps: float) -> Rounded:
+    return Rounded(x)
+
+
+def _cast(dtype: torch.dtype) -> Rounding:
+    def rounding(x: Tensor, ulps: float) -> Rounded:
+        value = x.to(dtype).float()
+        if not ulps:
+            return Rounded(value)
+        moved = [(x * (1 + sign * ulps * FLOAT32_ULP)).to(dtype).float() for sign in (-1, 1)]
+        return Rounded(value, (moved[1] - moved[0]).abs())
+
+    return rounding
+
+
+def _tf32(x: Tensor, ulps: float) -> Rounded:
+    """Ten bits of mantissa, nearest, halves away from zero (cvt.rna.tf32.f32 of PTX)."""
+    bits = x.contiguous().view(torch.int32)
+    return Rounded(((bits + 0x1000) & ~0x1FFF).view(torch.float32))
+
+
+def _tf32_cut(x: Tensor, ulps: float) -> Rounded:
+    """Ten bits of mantissa, the others dropped, as tensor cores do with plain float32."""
+    return Rounded((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32))
+
+
+def _blocks(size: int, scale_dtype: torch.dtype, signed_peak: bool) -> Rounding:
+    """Return a rounding to int8 with one scale for every ``size`` values."""
+
+    def rounding(x: Tensor, ulps: float) -> Rounded | None:
+        if x.shape[-1] % size:
+            return None
+        blocks = x.reshape(*x.shape[:-1], -1, size)
+        peak, place = blocks.abs().max(-1, keepdim=True)
+        if signed_peak:  # Q8_K: the largest value becomes -127 whatever its sign
+            steps = -127.0 / blocks.gather(-1, place)
+            step = 1 / steps
+        else:
+            step = peak / 127.0
+            steps = 1 / step
+        zero = peak == 0
+        exact = (blocks * steps).masked_fill(zero, 0.0)
+        levels = exact.round().clamp(-127, 127)
+        stored = step.to(scale_dtype).float().masked_fill(zero, 0.0)
+        # Halves: ggml's reference rounds them away from zero, its vector kernels to even.
+        edge = (exact - exact.floor() - 0.5).abs() <= exact.abs() * (
+            (EDGE_ULPS + ulps) * FLOAT32_ULP
+        )
+        doubt = torch.where(edge, stored.abs(), 0.0)
+        if scale_dtype != torch.float32:
+            nudged = [
+                (step * (1 + sign * (1 + ulps) * FLOAT32_ULP)).to(scale_dtype).float()
+                for sign in (-1, 1)
+            ]
+            spread = (nudged[1] - nudged[0]).abs().masked_fill(zero, 0.0)
+            doubt = doubt + spread * levels.abs()
+        return Rounded((levels * stored).reshape(x.shape), doubt.reshape(x.shape))
+
+    return rounding
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "none": _none,
+    "float16": _cast(torch.float16),
+    "bfloat16": _cast(torch.bfloat16),
+    "tf32": _tf32,
+    "tf32_cut": _tf32_cut,
+    "q8_0": _blocks(32, torch.float16, signed_peak=False),
+    "q8_1": _blocks(32, torch.float16, signed_peak=False),
+    "q8_k": _blocks(256, torch.float32, signed_peak=True),
+}
+"""By the names that ``arithmetic.Arithmetic`` uses."""
+
+
+def kept_as(value: Tensor, storage: str) -> Tensor:
+    """Return float64 values as they come back from a dtype."""
+    return value if storage == "float32" else value.to(DTYPES[storage]).double()
+
+
+def fits(value: Tensor, storage: str) -> bool:
+    """Return whether every finite value is one that the dtype can hold, so was kept in it."""
+    finite = value[torch.isfinite(value)].float()
+    return torch.equal(finite.to(DTYPES[storage]).float(), finite)
