@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING
 
 from pytest_aprt.arithmetic import EXACT, Arithmetic
 from pytest_aprt.compare import Metrics, Slice
+from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.measure import PointErrors
+
+Group = tuple[str, ...]
+"""A stage and the missing stages that its replay bridged: such points have one arithmetic."""
 
 _ENOUGH = 3
 """Points of a stage that are read in every arithmetic before the leading one is tried first."""
@@ -38,32 +42,37 @@ class Reading:
         return self.worst is None or self.worst.excess <= 1
 
 
+def group_of(point: Point, bracket: Sequence[Point]) -> Group:
+    """Return the group that a point votes in."""
+    return (point.stage, *dict.fromkeys(p.stage for p in bracket))
+
+
 @dataclass
 class Tally:
-    """Counts, stage by stage, which arithmetics explain what the exact one does not."""
+    """Counts, group by group, which arithmetics explain what the exact one does not."""
 
-    _of_stage: dict[str, list[Sequence[Reading]]] = field(default_factory=lambda: defaultdict(list))
+    _groups: dict[Group, list[Sequence[Reading]]] = field(default_factory=lambda: defaultdict(list))
     _support: Counter[str] = field(default_factory=Counter)
     _known: dict[str, Arithmetic] = field(default_factory=dict)
 
-    def add(self, stage: str, explaining: Sequence[Reading]) -> None:
+    def add(self, group: Group, explaining: Sequence[Reading]) -> None:
         """Take in all that explain one point."""
         if explaining:
-            self._of_stage[stage].append(explaining)
+            self._groups[group].append(explaining)
         for reading in explaining:
             self._support[reading.arithmetic.name] += 1
             self._known.setdefault(reading.arithmetic.name, reading.arithmetic)
 
-    def leader(self, stage: str) -> Arithmetic | None:
+    def leader(self, group: Group) -> Arithmetic | None:
         """Return the arithmetic to try first, once enough points were read in all of them."""
-        known = self._of_stage.get(stage, ())
-        return self.choice(stage) if len(known) >= _ENOUGH else None
+        known = self._groups.get(group, ())
+        return self.choice(group) if len(known) >= _ENOUGH else None
 
-    def choice(self, stage: str) -> Arithmetic:
-        """Return the arithmetic that explains most points of a stage, and of these the nearest."""
+    def choice(self, group: Group) -> Arithmetic:
+        """Return the arithmetic that explains most points of a group, and of these the nearest."""
         count: Counter[str] = Counter()
         error: dict[str, float] = defaultdict(float)
-        for explaining in self._of_stage.get(stage, ()):
+        for explaining in self._groups.get(group, ()):
             for reading in explaining:
                 count[reading.arithmetic.name] += 1
                 error[reading.arithmetic.name] += reading.local.rel_l2
@@ -75,9 +84,9 @@ class Tally:
         best = min(fit, key=lambda name: (-count[name], name != EXACT.name, error[name]))
         return self._known[best]
 
-    def arithmetics(self) -> dict[str, Arithmetic]:
-        """Return the arithmetic of every stage of which a point was explained."""
-        return {stage: self.choice(stage) for stage in self._of_stage}
+    def arithmetics(self) -> dict[Group, Arithmetic]:
+        """Return the arithmetic of every group of which a point was explained."""
+        return {group: self.choice(group) for group in self._groups}
 
     def explained_by(self) -> list[Arithmetic]:
         """Return every arithmetic but the exact one that explained a point so far."""
@@ -85,13 +94,13 @@ class Tally:
 
 
 def settled(
-    errors: Sequence[PointErrors], arithmetics: Mapping[str, Arithmetic]
+    errors: Sequence[PointErrors], arithmetics: Mapping[Group, Arithmetic]
 ) -> list[PointErrors]:
-    """Return the errors, each read in the arithmetic of its stage.
+    """Return the errors, each read in the arithmetic of its group.
 
     A point that only another arithmetic explains keeps its exact reading, so it is an origin.
     """
-    return [_read(e, arithmetics.get(e.point.stage, EXACT)) for e in errors]
+    return [_read(e, arithmetics.get(group_of(e.point, e.bracket), EXACT)) for e in errors]
 
 
 def _read(e: PointErrors, arithmetic: Arithmetic) -> PointErrors:
@@ -101,11 +110,14 @@ def _read(e: PointErrors, arithmetic: Arithmetic) -> PointErrors:
     return e
 
 
-def in_words(arithmetics: Mapping[str, Arithmetic]) -> str:
+def in_words(arithmetics: Mapping[Group, Arithmetic]) -> str:
     """Return the run's arithmetic: one name, or each name with the stages that it holds for."""
     stages: dict[str, list[str]] = defaultdict(list)
-    for stage, arithmetic in arithmetics.items():
-        stages[arithmetic.name].append(stage)
+    for (stage, *bridged), arithmetic in arithmetics.items():
+        told = stage != "embedding" and not (bridged and arithmetic == EXACT)
+        if told and stage not in stages[arithmetic.name]:  # a lookup rounds nothing
+            stages[arithmetic.name].append(stage)
+    stages = {name: found for name, found in stages.items() if found}
     if len(stages) <= 1:
         return next(iter(stages), EXACT.name)
     rest = max(stages, key=lambda name: len(stages[name]))

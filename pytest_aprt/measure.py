@@ -17,7 +17,7 @@ from pytest_aprt import selftest
 from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import Metrics, Slice, View, judge, measure, non_finite
-from pytest_aprt.consensus import Reading, Tally, settled
+from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
@@ -75,12 +75,12 @@ class PointErrors:
 
 @dataclass(kw_only=True)
 class Measurement:
-    """All that the runs gave; ``arithmetics`` is how the engine computes every stage."""
+    """All that the runs gave; ``arithmetics`` is how the engine computes every group of points."""
 
     errors: list[PointErrors] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
     self_tests: list[SelfTest] = field(default_factory=list)
-    arithmetics: Mapping[str, Arithmetic] = field(default_factory=dict)
+    arithmetics: Mapping[Group, Arithmetic] = field(default_factory=dict)
 
 
 class _Lane:
@@ -335,14 +335,16 @@ def _point_errors(
 
 def _readings(point: Point, value: Tensor, replays: _Replay, view: View) -> tuple[Reading, ...]:
     """Return the exact reading and, where that leaves an error, all that explain it."""
-    kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*replays.bracket(point), point])
+    bracket = replays.bracket(point)
+    group = group_of(point, bracket)
+    kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
     exact, *others = replays.profile.arithmetics(kinds)
     first = _reading(point, value, replays, view, exact)
     assert first is not None  # the exact arithmetic has no blocks
     if first.explains:
-        replays.tally.add(point.stage, () if first.worst is None else (first,))
+        replays.tally.add(group, () if first.worst is None else (first,))
         return (first,)
-    leader = replays.tally.leader(point.stage)
+    leader = replays.tally.leader(group)
     if leader in others:
         reading = _reading(point, value, replays, view, leader)
         if reading is not None and reading.explains:
@@ -356,7 +358,7 @@ def _readings(point: Point, value: Tensor, replays: _Replay, view: View) -> tupl
         and reading.explains
         and _is_far_better(reading, first)
     ]
-    replays.tally.add(point.stage, found)
+    replays.tally.add(group, found)
     return first, *found
 
 
