@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any, Literal
 
 import pytest
 
-from pytest_aprt.errors import AprtError
-from pytest_aprt.settings import OPTIONS, read_settings
+from pytest_aprt.options import OPTIONS
 
 _INI_TYPES: dict[str, Literal["bool", "linelist", "string"]] = {
     "flag": "bool",
@@ -51,14 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
             config.pluginmanager.register(Workbench.of_worker(config, workerinput["aprt"]))
         return
-    try:
-        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
-        settings = read_settings(lambda key: _option(config, key), command=command)
-        if settings is None:
-            return
-        from pytest_aprt.workbench import Workbench
+    if not _option(config, "aprt_model"):
+        return
+    from pytest_aprt.errors import AprtError
+    from pytest_aprt.workbench import Workbench
 
-        config.pluginmanager.register(Workbench.of_controller(config, settings))
+    try:
+        config.pluginmanager.register(Workbench.of_controller(config, _option))
     except AprtError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -1,4 +1,4 @@
-"""What was asked: every option once, as a table, and the validated result.
+"""What was asked: the options' values, validated.
 
 Command line beats ini beats default. Nothing here opens a file or imports numpy.
 """
@@ -11,65 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_aprt.arithmetic import PROFILES, profile_named
+from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.errors import SettingsError
+from pytest_aprt.options import (
+    DEFAULT_COSINE,
+    DEFAULT_PROMPT,
+    ENGINES,
+    PYTHON_PREFIX,
+)
 from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
-
-DEFAULT_PROMPT = "What is 2+2?"
-DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
-ENGINES = ("auto", "builtin")
-PYTHON_PREFIX = "python:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """One option ``--aprt-<name>`` and its ini twin ``aprt_<name>``."""
-
-    name: str
-    kind: Literal["value", "list", "flag"]
-    help: str
-    metavar: str | None = None
-    is_path: bool = False  # a relative path in an ini file is meant from there
-
-    @property
-    def flag(self) -> str:
-        """The option as typed."""
-        return f"--aprt-{self.name}"
-
-    @property
-    def key(self) -> str:
-        """The ini name, which is also the option's dest."""
-        return "aprt_" + self.name.replace("-", "_")
-
-
-OPTIONS = (
-    Option(name="model", kind="value", metavar="SOURCE", is_path=True,
-           help="Model under test: a GGUF file, a folder of APRT dumps, or python:module:factory"),
-    Option(name="oracle", kind="value", metavar="SOURCE", is_path=True,
-           help="Hugging Face model that the model was made from: a folder or a hub id"),
-    Option(name="weights", kind="value", metavar="GGUF", is_path=True,
-           help="GGUF whose weights a dump or an engine of one's own ran on"),
-    Option(name="engine", kind="value", metavar="NAME",
-           help=f"What runs the model: {', '.join(ENGINES)}"),
-    Option(name="prompt", kind="list", metavar="TEXT",
-           help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
-    Option(name="tokens", kind="list", metavar="IDS",
-           help="Token ids to run instead of a prompt, such as 3838,374,220; repeatable"),
-    Option(name="stages", kind="value", metavar="STAGES",
-           help="Stages to judge: all, or a list such as attn_norm,q_post_rope"),
-    Option(name="layers", kind="value", metavar="LAYERS",
-           help="Layers to judge: all, 0..4 (end exclusive), or 0,13,27"),
-    Option(name="min-cosine", kind="value", metavar="COS",
-           help=f"Threshold on cosine of every stage; default {DEFAULT_COSINE}"),
-    Option(name="threshold", kind="list", metavar="STAGE=COS",
-           help="Threshold on cosine of one stage, repeatable"),
-    Option(name="arithmetic", kind="value", metavar="NAME",
-           help=f"How the engine rounds: {', '.join(PROFILES)}; and ,storage= ,cache= behind it"),
-    Option(name="strict", kind="flag",
-           help="Fail every point whose total is below its threshold, noise or not"),
-    Option(name="report", kind="value", metavar="DIR",
-           help="Folder for report.json and report.md"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +68,8 @@ Get = Callable[[str], Any]
 """Looks an option up by its key; None where neither command line nor ini sets it."""
 
 
-def read_settings(get: Get, *, command: str) -> Settings | None:
-    """Return the settings, or None where no model is given and there is nothing to do.
+def read_settings(get: Get, *, command: str) -> Settings:
+    """Return the settings of a run; ``get("aprt_model")`` must give a model.
 
     Args:
         get: looks an option up.
@@ -129,8 +79,6 @@ def read_settings(get: Get, *, command: str) -> Settings | None:
         SettingsError: a value is not valid; the message says what is.
     """
     model = get("aprt_model")
-    if not model:
-        return None
     oracle = get("aprt_oracle")
     if not oracle:
         raise SettingsError(

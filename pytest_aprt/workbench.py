@@ -7,10 +7,11 @@ xdist workers are given the names and the path of the report and only read.
 from __future__ import annotations
 
 import importlib
+import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from pytest_aprt.errors import AprtError, SettingsError
 from pytest_aprt.items import ParityCollector, ParityItem
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names
 from pytest_aprt.progress import ProgressLine
-from pytest_aprt.settings import PYTHON_PREFIX, Settings
+from pytest_aprt.options import PYTHON_PREFIX
+from pytest_aprt.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Headers
@@ -47,10 +49,14 @@ class Workbench:
             config.args[:] = []
 
     @classmethod
-    def of_controller(cls, config: pytest.Config, settings: Settings) -> Workbench:
-        """Open the files; raises AprtError where they cannot be run."""
+    def of_controller(
+        cls, config: pytest.Config, option: Callable[[pytest.Config, str], Any]
+    ) -> Workbench:
+        """Validate the settings and open the files; raises AprtError where they cannot be run."""
         from pytest_aprt.pair import open_headers
 
+        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+        settings = read_settings(lambda key: option(config, key), command=command)
         headers = open_headers(settings.weights, settings.oracle)
         names = test_names(headers, settings.points(headers.graph))
         workbench = cls(config, names, Path(tempfile.mkdtemp(prefix="aprt-")) / "report.json")

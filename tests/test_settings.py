@@ -9,13 +9,9 @@ import pytest
 
 from pytest_aprt.architectures import ARCHITECTURES
 from pytest_aprt.errors import SettingsError
+from pytest_aprt.options import DEFAULT_COSINE, DEFAULT_PROMPT, OPTIONS
 from pytest_aprt.plugin import _option
-from pytest_aprt.settings import (
-    DEFAULT_COSINE,
-    DEFAULT_PROMPT,
-    OPTIONS,
-    read_settings,
-)
+from pytest_aprt.settings import read_settings
 from pytest_aprt.stages import STAGES
 
 GRAPH = ARCHITECTURES["qwen2"].graph(4)
@@ -123,10 +119,6 @@ def test_defaults(read, gguf):
     assert (s.strict, s.report, s.command) == (False, None, "pytest")
     assert set(s.thresholds) == set(STAGES)
     assert set(s.thresholds.values()) == {(DEFAULT_COSINE, "default")}
-
-
-def test_without_a_model_there_is_nothing_to_do():
-    assert read_settings({"aprt_oracle": "x"}.get, command="pytest") is None
 
 
 # Models

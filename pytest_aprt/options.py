@@ -1,0 +1,67 @@
+"""The table of options: each is ``--aprt-<name>`` and the ini key ``aprt_<name>``.
+
+pytest loads this in every run, also where nobody uses the plugin, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+DEFAULT_PROMPT = "What is 2+2?"
+DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
+ENGINES = ("auto", "builtin")
+ARITHMETIC_NAMES = (
+    "auto", "float32", "float16", "bfloat16", "tf32", "q8", "q8_k", "q8_0", "q8_1",
+)  # fmt: skip
+PYTHON_PREFIX = "python:"
+
+
+class Option(NamedTuple):
+    """One option and its ini twin."""
+
+    name: str
+    kind: Literal["value", "list", "flag"]
+    help: str
+    metavar: str | None = None
+    is_path: bool = False  # a relative path in an ini file is meant from there
+
+    @property
+    def flag(self) -> str:
+        """The option as typed."""
+        return f"--aprt-{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The ini name, which is also the option's dest."""
+        return "aprt_" + self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option(name="model", kind="value", metavar="SOURCE", is_path=True,
+           help="Model under test: a GGUF file, a folder of APRT dumps, or python:module:factory"),
+    Option(name="oracle", kind="value", metavar="SOURCE", is_path=True,
+           help="Hugging Face model that the model was made from: a folder or a hub id"),
+    Option(name="weights", kind="value", metavar="GGUF", is_path=True,
+           help="GGUF whose weights a dump or an engine of one's own ran on"),
+    Option(name="engine", kind="value", metavar="NAME",
+           help=f"What runs the model: {', '.join(ENGINES)}"),
+    Option(name="prompt", kind="list", metavar="TEXT",
+           help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
+    Option(name="tokens", kind="list", metavar="IDS",
+           help="Token ids to run instead of a prompt, such as 3838,374,220; repeatable"),
+    Option(name="stages", kind="value", metavar="STAGES",
+           help="Stages to judge: all, or a list such as attn_norm,q_post_rope"),
+    Option(name="layers", kind="value", metavar="LAYERS",
+           help="Layers to judge: all, 0..4 (end exclusive), or 0,13,27"),
+    Option(name="min-cosine", kind="value", metavar="COS",
+           help=f"Threshold on cosine of every stage; default {DEFAULT_COSINE}"),
+    Option(name="threshold", kind="list", metavar="STAGE=COS",
+           help="Threshold on cosine of one stage, repeatable"),
+    Option(name="arithmetic", kind="value", metavar="NAME",
+           help=f"How the engine rounds: {', '.join(ARITHMETIC_NAMES)}; and ,storage= ,cache= "
+           "behind it"),
+    Option(name="strict", kind="flag",
+           help="Fail every point whose total is below its threshold, noise or not"),
+    Option(name="report", kind="value", metavar="DIR",
+           help="Folder for report.json and report.md"),
+)  # fmt: skip
