@@ -20,9 +20,9 @@ import pytest
 
 from pytest_aprt.errors import AprtError, SettingsError
 from pytest_aprt.items import ParityCollector, ParityItem
+from pytest_aprt.options import PYTHON_PREFIX
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names
 from pytest_aprt.progress import ProgressLine
-from pytest_aprt.options import PYTHON_PREFIX
 from pytest_aprt.settings import Settings, read_settings
 
 if TYPE_CHECKING:

@@ -200,5 +200,5 @@ def test_without_a_model_the_plugin_imports_neither_numpy_nor_torch(pytester):
             assert heavy & set(sys.modules) == set()
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:hypothesispytest")
+    result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", "-p", "no:randomly")
     result.assert_outcomes(passed=1)
