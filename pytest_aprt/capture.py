@@ -8,14 +8,12 @@ side.
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pytest_aprt.errors import AprtError, CaptureError
+from pytest_aprt.errors import AprtError, CaptureError, blame
 from pytest_aprt.facts import Facts
 from pytest_aprt.stages import STAGES, StageGraph, point_id
 
@@ -102,11 +100,7 @@ class CheckedEngine:
         except AprtError:
             raise
         except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            raise CaptureError(
-                f"{self._name} raised {type(error).__name__}: {error} "
-                f"({Path(last.filename).name}:{last.lineno} in {last.name})"
-            ) from error
+            raise CaptureError(f"{self._name} raised {blame(error)}") from error
 
     def _checked(
         self, layer: int | None, stages: Mapping[str, Any], tokens: int

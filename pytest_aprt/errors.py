@@ -11,6 +11,9 @@ The message of each names the thing, says what was expected, and what to do.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class AprtError(Exception):
     """Base of all errors that bad input can cause; its text is one line."""
@@ -30,3 +33,11 @@ class ArchitectureError(AprtError):
 
 class CaptureError(AprtError):
     """A runner or an engine yielded stages that cannot be a capture."""
+
+
+def blame(error: BaseException) -> str:
+    """Return one line for an error in a user's own code: type, text, and where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split()) or "no message"
+    where = f"{Path(last.filename).name}:{last.lineno} in {last.name}"
+    return f"{type(error).__name__}: {text} ({where})"

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 ROOT = "aprt"
 
 
+def junit_class(name: str) -> str:
+    """Return the class under which JUnit files list a test: ``aprt.L02``, ``aprt.weights``."""
+    kind, dash, _ = name.partition("-")
+    return f"{ROOT}.{kind if dash else 'model'}"
+
+
 class ParityFailure(Exception):
     """A test of the suite failed; the text's first line stands alone."""
 
@@ -39,6 +45,8 @@ class ParityCollector(pytest.Collector):
 class ParityItem(pytest.Item):
     """One test: a point, a fact, a tensor, a self-test, or the gate."""
 
+    needs_run = True
+
     def __init__(self, *, workbench: Workbench, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.workbench = workbench
@@ -50,7 +58,7 @@ class ParityItem(pytest.Item):
         if found.outcome == "skipped":
             pytest.skip(found.text)
         # With --runxfail pytest.xfail() does nothing, and an inherited error must not pass.
-        if found.outcome == "xfailed" and not self.config.getoption("runxfail"):
+        if found.outcome == "xfailed" and not self.config.getoption("runxfail", False):
             pytest.xfail(found.text.splitlines()[0])
         if found.outcome != "passed":
             raise ParityFailure(found.text)

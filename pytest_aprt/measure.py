@@ -39,6 +39,9 @@ from pytest_aprt.stages import STAGES, Point, Stage
 Progress = Callable[[str, int, int], None]
 """Called with what is running, how many layers are done, and how many there are."""
 
+Keep = Callable[[str, int, Iterator[LayerStages]], Iterator[LayerStages]]
+"""Called with the side and the index of the prompt; sees every layer that passes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -86,10 +89,11 @@ class Measurement:
 class _Lane:
     """One prompt on its way through the layers: three runs, and what the replay must remember."""
 
-    def __init__(self, index: int, prompt: Prompt, pair: Pair, runs: _Runs) -> None:
+    def __init__(self, index: int, prompt: Prompt, pair: Pair, runs: _Runs, keep: Keep) -> None:
         self.index, self.prompt = index, prompt
-        self.model = (LayerStages(*item) for item in runs.model.layers(prompt.tokens))
-        self.oracle = runs.oracle.layers(prompt.tokens)
+        layers = (LayerStages(*item) for item in runs.model.layers(prompt.tokens))
+        self.model = keep("model", index, layers)
+        self.oracle = keep("oracle", index, runs.oracle.layers(prompt.tokens))
         self.shadow = runs.shadow.layers(prompt.tokens)
         self.prelude: Prelude = runs.shadow.prelude(prompt.tokens)
         self.model_replay = _Replay(pair, prompt, self.prelude, runs.profile, runs.tally)
@@ -224,6 +228,7 @@ def measure_pair(
     points: Sequence[Point],
     profile: Profile,
     progress: Progress = lambda what, done, total: None,
+    keep: Keep = lambda side, prompt, layers: layers,
 ) -> Measurement:
     """Run everything once and return the numbers.
 
@@ -234,6 +239,7 @@ def measure_pair(
         points: those to judge.
         profile: how the engine may round.
         progress: told after every layer.
+        keep: wraps the layers of the sides ``model`` and ``oracle`` on every prompt.
     """
     result = Measurement()
     runs = _Runs(pair, engine, profile)
@@ -247,7 +253,7 @@ def measure_pair(
     done = 0
     try:
         for first, group in enumerate(lanes_at_once):
-            lanes = [_Lane(index, prompt, pair, runs) for index, prompt in group]
+            lanes = [_Lane(index, prompt, pair, runs, keep) for index, prompt in group]
             for lane in lanes:
                 checks.tokens(lane.prompt.tokens)
             for layer in [*range(pair.graph.n_layers), None]:

@@ -13,6 +13,7 @@ ENGINES = ("auto", "builtin")
 ARITHMETIC_NAMES = (
     "auto", "float32", "float16", "bfloat16", "tf32", "q8", "q8_k", "q8_0", "q8_1",
 )  # fmt: skip
+PROMPT_SET_NAMES = ("short", "long")
 PYTHON_PREFIX = "python:"
 
 
@@ -47,6 +48,8 @@ OPTIONS = (
            help=f"What runs the model: {', '.join(ENGINES)}"),
     Option(name="prompt", kind="list", metavar="TEXT",
            help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
+    Option(name="prompt-set", kind="list", metavar="NAME",
+           help=f"Built-in prompts, repeatable: {', '.join(PROMPT_SET_NAMES)}"),
     Option(name="tokens", kind="list", metavar="IDS",
            help="Token ids to run instead of a prompt, such as 3838,374,220; repeatable"),
     Option(name="stages", kind="value", metavar="STAGES",

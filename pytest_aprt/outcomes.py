@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.facts import FACTS
-from pytest_aprt.selftest import NAMES
 from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class Outcome:
 
 def test_names(headers: Headers, points: Iterable[Point]) -> list[str]:
     """Return the names of all tests in the order of the ladder, from headers alone."""
+    from pytest_aprt.selftest import NAMES  # loads torch, which workers do without
+
     names = [f"selftest-{name}" for name in NAMES]
     names += [f"config-{name}" for name in FACTS]
     names += [f"weights-{name}" for name in _tensor_names(headers)]

@@ -42,20 +42,24 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Validate the settings and open the files, once, on the controller."""
+    from pytest_aprt import fixtures
+
+    config.pluginmanager.register(fixtures, "aprt_fixtures")
     workerinput = getattr(config, "workerinput", None)
     if workerinput is not None:
         if "aprt" in workerinput:
-            from pytest_aprt.workbench import Workbench
+            from pytest_aprt.workbench import NAME, Workbench
 
-            config.pluginmanager.register(Workbench.of_worker(config, workerinput["aprt"]))
+            workbench = Workbench.of_worker(config, workerinput["aprt"])
+            config.pluginmanager.register(workbench, NAME)
         return
     if not _option(config, "aprt_model"):
         return
     from pytest_aprt.errors import AprtError
-    from pytest_aprt.workbench import Workbench
+    from pytest_aprt.workbench import NAME, Workbench
 
     try:
-        config.pluginmanager.register(Workbench.of_controller(config, _option))
+        config.pluginmanager.register(Workbench.of_controller(config, _option), NAME)
     except AprtError as error:
         raise pytest.UsageError(str(error)) from error
 

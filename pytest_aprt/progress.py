@@ -20,7 +20,7 @@ class ProgressLine:
 
     def __init__(self, config: pytest.Config, started: float) -> None:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
-        quiet = config.getoption("verbose") < 0
+        quiet = config.getoption("verbose", 0) < 0  # -p no:terminal takes the option away
         self._reporter: pytest.TerminalReporter | None = None if quiet else reporter
         self._started = self._last = started
         self._text = ""

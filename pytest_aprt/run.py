@@ -17,8 +17,9 @@ from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.errors import SettingsError, SourceError
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Progress, Prompt, measure_pair
+from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
 from pytest_aprt.pair import Headers, Pair, open_pair
+from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.rungs import fact_rows
 from pytest_aprt.settings import Settings
 from pytest_aprt.verdict import Threshold, conclude
@@ -27,7 +28,11 @@ _VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safeten
 
 
 def run(
-    headers: Headers, settings: Settings, user_engine: Any | None, progress: Progress
+    headers: Headers,
+    settings: Settings,
+    user_engine: Any | None,
+    progress: Progress,
+    keep: Keep = lambda side, prompt, layers: layers,
 ) -> report.Report:
     """Run model and oracle on the prompts and judge every point.
 
@@ -36,6 +41,7 @@ def run(
         settings: what was asked.
         user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
         progress: told after every layer.
+        keep: wraps the layers of both sides (see ``measure_pair``).
 
     Raises:
         AprtError: the input cannot be run.
@@ -46,7 +52,7 @@ def run(
     engine, name = _engine(pair, settings, user_engine)
     profile = _profile(settings, engine)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
-    measurement = measure_pair(pair, engine, prompts, points, profile, progress)
+    measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)
     thresholds = {
@@ -97,12 +103,11 @@ def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
         SourceError: the oracle has no tokenizer.
     """
     prompts = [Prompt(text="", tokens=tokens) for tokens in settings.tokens]
-    if settings.prompts:
+    texts = [Cut(text) for text in settings.prompts]
+    texts += [cut for name in settings.prompt_sets for cut in PROMPT_SETS[name]]
+    if texts:
         tokenizer = _tokenizer(pair)
-        prompts += [
-            Prompt(text=text, tokens=tuple(tokenizer(text)["input_ids"]))
-            for text in settings.prompts
-        ]
+        prompts += [_tokenised(tokenizer, cut) for cut in texts]
     for prompt in prompts:
         if not prompt.tokens:
             raise SettingsError(f"prompt {prompt.text!r} has no tokens: expected some text")
@@ -113,6 +118,14 @@ def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
                     f"{pair.oracle_facts.vocab - 1}"
                 )
     return prompts
+
+
+def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
+    tokens = tuple(tokenizer(cut.text)["input_ids"])
+    if cut.tokens is None or len(tokens) <= cut.tokens:
+        return Prompt(text=cut.text, tokens=tokens)
+    tokens = tokens[: cut.tokens]
+    return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
 
 
 def _tokenizer(pair: Pair) -> Any:

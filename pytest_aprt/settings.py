@@ -17,6 +17,7 @@ from pytest_aprt.options import (
     DEFAULT_COSINE,
     DEFAULT_PROMPT,
     ENGINES,
+    PROMPT_SET_NAMES,
     PYTHON_PREFIX,
 )
 from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
@@ -36,6 +37,7 @@ class Settings:
     weights: str
     engine: str
     prompts: tuple[str, ...]
+    prompt_sets: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     stages: frozenset[str]
     layers: str
@@ -92,6 +94,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
             f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it ran on"
         )
     prompts, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
+    sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
     default = get("aprt_min_cosine")
     cosine = DEFAULT_COSINE if default is None else _cosine("--aprt-min-cosine", default)
     source = "default" if default is None else "--aprt-min-cosine"
@@ -102,7 +105,8 @@ def read_settings(get: Get, *, command: str) -> Settings:
         oracle=oracle,
         weights=weights,
         engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
-        prompts=prompts or (() if tokens else (DEFAULT_PROMPT,)),
+        prompts=prompts or (() if tokens or sets else (DEFAULT_PROMPT,)),
+        prompt_sets=tuple(_one_of("--aprt-prompt-set", name, PROMPT_SET_NAMES) for name in sets),
         tokens=tuple(_ids(text) for text in tokens),
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
         layers=get("aprt_layers") or "all",
@@ -116,6 +120,10 @@ def read_settings(get: Get, *, command: str) -> Settings:
 
 def _kind(model: str) -> Literal["gguf", "dump", "python"]:
     if model.startswith(PYTHON_PREFIX):
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", model.removeprefix(PYTHON_PREFIX)):
+            raise SettingsError(
+                f"--aprt-model={model} is not valid: expected python:module:factory"
+            )
         return "python"
     path = Path(model)
     if path.is_dir():

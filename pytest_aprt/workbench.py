@@ -1,33 +1,50 @@
 """What one pytest session holds: the settings, the tests' names, the run's report.
 
-The controller opens the files in ``pytest_configure`` and runs the models once, before the tests;
-xdist workers are given the names and the path of the report and only read.
+The controller opens the files in ``pytest_configure`` and runs the models once, before the tests,
+if a selected test asks for the run. xdist workers are given the names and a folder; each says in
+it what its tests ask for, and reads from it what the controller has run.
 """
 
 from __future__ import annotations
 
-import importlib
 import shlex
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_aprt.engines import user_engine
 from pytest_aprt.errors import AprtError, SettingsError
-from pytest_aprt.items import ParityCollector, ParityItem
-from pytest_aprt.options import PYTHON_PREFIX
+from pytest_aprt.items import ROOT, ParityCollector, junit_class
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names
 from pytest_aprt.progress import ProgressLine
+from pytest_aprt.scratch import Scratch
 from pytest_aprt.settings import Settings, read_settings
+from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
+    from pytest_aprt.captures import Captures
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import Report
+
+NAME = "aprt_workbench"
+"""The workbench's name in the plugin manager."""
+
+NEEDS = ("nothing", "report", "captures")
+"""What a test may ask of the run; each includes those before it."""
+
+_NEED_OF_FIXTURE = {"aprt_run": "report", "aprt_model": "captures", "aprt_oracle": "captures"}
+_ID = f"{ROOT}::"
+_OUTCOMES_RAISED = (pytest.skip.Exception, pytest.fail.Exception, pytest.xfail.Exception)
+
+
+def workbench_of(config: pytest.Config) -> Workbench | None:
+    """Return the session's workbench; None without ``--aprt-model``."""
+    workbench: Workbench | None = config.pluginmanager.get_plugin(NAME)
+    return workbench
 
 
 class Workbench:
@@ -36,17 +53,36 @@ class Workbench:
     Args:
         config: pytest's.
         names: of the suite's tests.
-        results: where the report of the run lies once it has ended.
+        points: those that the settings select.
     """
 
-    def __init__(self, config: pytest.Config, names: list[str], results: Path) -> None:
-        self.config, self.names, self._results = config, names, results
+    def __init__(self, config: pytest.Config, names: list[str], points: list[Point]) -> None:
+        self.config, self.points = config, points
         self._settings: Settings | None = None
         self._headers: Headers | None = None
-        # Paths on the command line mean the user's own tests; without them this is the suite.
-        self._suite = config.args_source is not pytest.Config.ArgsSource.ARGS
-        if self._suite:
+        self._scratch = Scratch()
+        self._folder: Path | None = None  # of a worker: where the controller's files lie
+        self._kept = NEEDS[0]
+        self.names = self._asked(names)
+
+    def _asked(self, names: list[str]) -> list[str]:
+        """Return the suite's tests that this session runs, and take their ids off the arguments.
+
+        Paths on the command line mean the user's own tests; without them this is the suite.
+        """
+        config = self.config
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
             config.args[:] = []
+            return names
+        ids = [arg for arg in config.args if arg.startswith(_ID)]
+        config.args[:] = [arg for arg in config.args if arg not in ids]
+        asked = {text.removeprefix(_ID) for text in ids}
+        if unknown := asked.difference(names):
+            raise SettingsError(
+                f"{_ID}{min(unknown)}: there is no such test; --collect-only lists those of this "
+                "model, and --aprt-stages and --aprt-layers select among them"
+            )
+        return [name for name in names if name in asked]
 
     @classmethod
     def of_controller(
@@ -58,20 +94,138 @@ class Workbench:
         command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         settings = read_settings(lambda key: option(config, key), command=command)
         headers = open_headers(settings.weights, settings.oracle)
-        names = test_names(headers, settings.points(headers.graph))
-        workbench = cls(config, names, Path(tempfile.mkdtemp(prefix="aprt-")) / "report.json")
+        points = settings.points(headers.graph)
+        workbench = cls(config, test_names(headers, points), points)
         workbench._settings, workbench._headers = settings, headers
         return workbench
 
     @classmethod
     def of_worker(cls, config: pytest.Config, given: dict[str, Any]) -> Workbench:
         """Take what the controller hands over."""
-        return cls(config, given["names"], Path(given["results"]))
+        points = [Point(layer, stage) for layer, stage in given["points"]]
+        workbench = cls(config, given["names"], points)
+        workbench._folder = Path(given["folder"])
+        return workbench
+
+    # -- what the tests ask for --------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, session: pytest.Session, items: list[pytest.Item]
+    ) -> None:
+        """Add the suite, before others select from it."""
+        if self.names:
+            items += session.genitems(ParityCollector.of_session(session, self))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """On a worker: say what its tests ask for, before xdist tells the controller."""
+        if self._folder is not None:
+            place = self._folder / self.config.workerinput["workerid"]  # type: ignore[attr-defined]
+            place.write_text(need_of(session.items), encoding="utf-8")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Hand an xdist worker the names and where the report will lie."""
-        node.workerinput["aprt"] = {"names": self.names, "results": str(self._results)}
+        """Hand an xdist worker the names, and where the report will lie."""
+        node.workerinput["aprt"] = {
+            "names": self.names,
+            "points": [[point.layer, point.stage] for point in self.points],
+            "folder": str(self._scratch.path),
+        }
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """On the controller: run the models if a worker's tests ask; none has started yet."""
+        self._run_once((self._scratch.path / node.gateway.id).read_text(encoding="utf-8"))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Run the models before the tests, if one of them asks."""
+        option = session.config.option
+        broken = session.testsfailed and not option.continue_on_collection_errors
+        if self._folder is None and not option.collectonly and not broken:
+            self._run_once(need_of(session.items))  # the controller of workers holds no items
+        return (yield)
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def _run_once(self, need: str) -> None:
+        if need == NEEDS[0] or self._kept != NEEDS[0]:
+            return
+        assert self._settings is not None and self._headers is not None
+        self._kept = need
+        try:
+            self._run(self._headers, self._settings)
+        except AprtError as error:
+            self._kept = NEEDS[0]
+            raise pytest.UsageError(str(error)) from error
+        except _OUTCOMES_RAISED as error:
+            self._kept = NEEDS[0]
+            raise pytest.UsageError(
+                f"the engine under test called pytest.{type(error).__name__.lower()}: {error}"
+            ) from error
+
+    def _run(self, headers: Headers, settings: Settings) -> None:
+        from pytest_aprt import report
+        from pytest_aprt.captures import CaptureWriter
+        from pytest_aprt.render import markdown
+        from pytest_aprt.run import run
+
+        keep = {}
+        if self._kept == "captures":
+            keep = {"keep": CaptureWriter(self._captures)}
+        with ProgressLine(self.config, time.monotonic()) as progress:
+            engine = user_engine(self.config, settings)
+            result = run(headers, settings, engine, progress, **keep)
+        if self.config.pluginmanager.hasplugin("dsession"):
+            report.write(result, self._scratch.path / "report.json")
+        self.report = result
+        if settings.report is not None:
+            report.write(result, settings.report / "report.json")
+            report.write_text(settings.report / "report.md", markdown.render(result))
+
+    @cached_property
+    def report(self) -> Report:
+        """The finished run's report.
+
+        Raises:
+            SettingsError: nothing that pytest knew of before the tests asked for the run.
+        """
+        from pytest_aprt import report
+
+        path = None if self._folder is None else self._folder / "report.json"
+        if path is None or not path.exists():
+            raise SettingsError(
+                "the models were not run, since no selected test names aprt_run, aprt_model or "
+                "aprt_oracle among its arguments or fixtures; request.getfixturevalue is too late"
+            )
+        return report.read(path)
+
+    def captures(self, side: str) -> Captures:
+        """Return the captured stages of ``model`` or ``oracle``.
+
+        Raises:
+            SettingsError: no selected test named the fixture, so nothing was kept.
+        """
+        from pytest_aprt.captures import Captures
+
+        report, folder = self.report, self._captures / side
+        if not self._captures.exists():
+            raise SettingsError(
+                "the captured stages were not kept, since no selected test names aprt_model or "
+                "aprt_oracle among its arguments or fixtures; request.getfixturevalue is too late"
+            )
+        return Captures(folder, report)
+
+    @property
+    def _captures(self) -> Path:
+        return (self._folder or self._scratch.path) / "captures"
+
+    def outcome(self, name: str) -> Outcome:
+        """Return the outcome of one test of the suite."""
+        return outcome_of(self.report, name)
+
+    # -- what is shown -----------------------------------------------------------------------------
 
     def pytest_report_header(self) -> list[str]:
         """Say what is compared."""
@@ -81,62 +235,18 @@ class Workbench:
         return [f"aprt: {s.model} against {s.oracle}, {len(self.names)} tests"]
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(
-        self, session: pytest.Session, items: list[pytest.Item]
-    ) -> None:
-        """Add the suite, before others select from it."""
-        if self._suite:
-            items += session.genitems(ParityCollector.of_session(session, self))
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Run the models before the tests, on the controller, if a test will ask."""
-        if self._settings is not None and self._is_needed(session):
-            try:
-                self._run(self._settings)
-            except AprtError as error:
-                raise pytest.UsageError(str(error)) from error
-        return (yield)
-
-    def _is_needed(self, session: pytest.Session) -> bool:
-        if not self._suite or self.config.getoption("collectonly") or session.testsfailed:
-            return False
-        on_xdist = self.config.pluginmanager.hasplugin("dsession")  # whose workers hold the items
-        return on_xdist or any(isinstance(item, ParityItem) for item in session.items)
-
-    def _run(self, settings: Settings) -> None:
-        from pytest_aprt import report
-        from pytest_aprt.render import markdown
-        from pytest_aprt.run import run
-
-        assert self._headers is not None
-        with ProgressLine(self.config, time.monotonic()) as progress:
-            result = run(self._headers, settings, self._engine(settings), progress)
-        report.write(result, self._results)
-        if settings.report is not None:
-            report.write(result, settings.report / "report.json")
-            report.write_text(settings.report / "report.md", markdown.render(result))
-
-    def _engine(self, settings: Settings) -> Any | None:
-        engine = self.config.hook.pytest_aprt_model(config=self.config)
-        if engine is None and settings.model_kind == "python":
-            return _from_factory(settings.model)
-        return engine
-
-    @cached_property
-    def report(self) -> Report:
-        """The finished run's report."""
-        from pytest_aprt import report
-
-        return report.read(self._results)
-
-    def outcome(self, name: str) -> Outcome:
-        """Return the outcome of one test of the suite."""
-        return outcome_of(self.report, name)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Let the JUnit file group the suite's tests by layer; their ids do not say the class."""
+        if report.when != "call" or not report.nodeid.startswith(_ID):
+            return
+        for plugin in self.config.pluginmanager.get_plugins():
+            if hasattr(plugin, "node_reporter"):
+                name = report.nodeid.removeprefix(_ID)
+                plugin.node_reporter(report).add_attribute("classname", junit_class(name))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say what the run concludes."""
-        if self._settings is None or not self._results.exists():
+        if self._settings is None or "report" not in self.__dict__:
             return
         from pytest_aprt.render import terminal
 
@@ -153,18 +263,18 @@ class Workbench:
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind."""
-        if self._settings is not None:
-            shutil.rmtree(self._results.parent, ignore_errors=True)
+        self._scratch.close()
 
 
-def _from_factory(source: str) -> Any:
-    """Return what ``python:module:factory`` makes."""
-    module, colon, name = source[len(PYTHON_PREFIX) :].partition(":")
-    wrong = f"--aprt-model={source} is not valid: expected python:module:factory"
-    if not (module and colon and name):
-        raise SettingsError(wrong)
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"{wrong}; {error}") from error
-    return factory()
+def need_of(items: Iterable[pytest.Item]) -> str:
+    """Return what the tests ask of the run; an item may say so by ``needs_run = True``."""
+    needs = [NEEDS[0]]
+    for item in items:
+        if getattr(item, "needs_run", False):
+            needs.append("report")
+        needs += [
+            _NEED_OF_FIXTURE[name]
+            for name in getattr(item, "fixturenames", ())
+            if name in _NEED_OF_FIXTURE
+        ]
+    return max(needs, key=NEEDS.index)

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 from pytest_aprt.architectures import ARCHITECTURES
+from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.errors import SettingsError
-from pytest_aprt.options import DEFAULT_COSINE, DEFAULT_PROMPT, OPTIONS
+from pytest_aprt.options import (
+    ARITHMETIC_NAMES,
+    DEFAULT_COSINE,
+    DEFAULT_PROMPT,
+    OPTIONS,
+    PROMPT_SET_NAMES,
+)
 from pytest_aprt.plugin import _option
+from pytest_aprt.prompts import PROMPT_SETS
 from pytest_aprt.settings import read_settings
 from pytest_aprt.stages import STAGES
 
@@ -59,11 +67,17 @@ def test_help_starts_with_a_capital_and_has_no_full_stop(option):
 def test_flag_and_key_are_twins():
     assert [option.flag for option in OPTIONS] == [
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine", "--aprt-prompt",
-        "--aprt-tokens", "--aprt-stages", "--aprt-layers", "--aprt-min-cosine", "--aprt-threshold",
-        "--aprt-arithmetic", "--aprt-strict", "--aprt-report",
+        "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
+        "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-strict",
+        "--aprt-report",
     ]  # fmt: skip
     for option in OPTIONS:
         assert option.key == option.flag.removeprefix("--").replace("-", "_")
+
+
+def test_the_names_that_help_lists_are_those_of_the_tables():
+    assert tuple(PROFILES) == ARITHMETIC_NAMES
+    assert tuple(PROMPT_SETS) == PROMPT_SET_NAMES
 
 
 # Which source wins

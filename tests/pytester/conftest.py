@@ -1,0 +1,92 @@
+"""A tiny random pair, and runs of pytest on it within this process, where torch is loaded already.
+
+The engine under test is one of the user's own, with a fault in layer 1; it counts its runs.
+"""
+
+from __future__ import annotations
+
+import families
+import pytest
+
+from pytest_aprt.testing import write_random_pair
+
+# The models must be loaded before pytester notes which modules are: torch cannot be loaded twice.
+import pytest_aprt.run  # noqa: F401  isort: skip
+
+TOKENS = "1,2,3,4,5"
+
+ENGINE = """
+from pathlib import Path
+
+from pytest_aprt.architectures import ARCHITECTURES
+from pytest_aprt.facts import Facts
+from pytest_aprt.sources.gguf import GgufFile
+from pytest_aprt.testing import NumpyEngine
+from pytest_aprt.weights import GgufWeights
+
+HERE = Path(__file__).parent
+
+
+class Counted(NumpyEngine):
+    def layers(self, tokens):
+        with open(HERE / "runs.txt", "a") as file:
+            print(len(tokens), file=file)
+        yield from super().layers(tokens)
+
+
+def engine():
+    file, row = GgufFile.open({gguf!r}), ARCHITECTURES["qwen2"]
+    facts = Facts.from_gguf(file.metadata, file.tensors, row)
+    faults = {{(1, "ffn_silu"): lambda value, workings: value * 1.25}}
+    return Counted(GgufWeights(file, row, facts), facts, row, faults)
+"""
+HOOK = """
+def pytest_aprt_model(config):
+    return engine()
+"""
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """The paths of a GGUF and its Hugging Face folder."""
+    return write_random_pair(tmp_path_factory.mktemp("pair"), families.qwen2())
+
+
+class Suite:
+    """A project of a user with a model under test."""
+
+    def __init__(self, pytester, gguf, hf):
+        self.pytester, self.path, self.gguf, self.hf = pytester, pytester.path, gguf, hf
+
+    def __call__(self, *args, subprocess=False, **kwargs):
+        """Run pytest there; returns pytester's result."""
+        run = (
+            self.pytester.runpytest_subprocess if subprocess else self.pytester.runpytest_inprocess
+        )
+        return run(*self.args(), *args, **kwargs)
+
+    def args(self):
+        plugins = ["cov", "timeout", "html", "metadata", "randomly", "hypothesispytest"]
+        return [
+            f"--aprt-model={self.gguf}", f"--aprt-oracle={self.hf}", f"--aprt-tokens={TOKENS}",
+        ]  # fmt: skip
+
+    def runs(self):
+        """How often the engine under test ran since the last time this was asked."""
+        counted = self.path / "runs.txt"
+        lines = counted.read_text().splitlines() if counted.exists() else []
+        counted.unlink(missing_ok=True)
+        return len(lines)
+
+
+@pytest.fixture
+def healthy(pytester, pair):
+    """A project whose model agrees with its oracle."""
+    return Suite(pytester, *pair)
+
+
+@pytest.fixture
+def faulty(pytester, pair):
+    """A project whose own engine has a fault: 2 tests fail, and what follows is inherited."""
+    pytester.makeconftest(ENGINE.format(gguf=str(pair[0])) + HOOK)
+    return Suite(pytester, *pair)
