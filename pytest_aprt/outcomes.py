@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.facts import FACTS
 from pytest_aprt.stages import Point
+from pytest_aprt.statuses import SELF_TESTS, VERDICTS
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Headers
@@ -27,9 +28,7 @@ class Outcome:
 
 def test_names(headers: Headers, points: Iterable[Point]) -> list[str]:
     """Return the names of all tests in the order of the ladder, from headers alone."""
-    from pytest_aprt.selftest import NAMES  # loads torch, which workers do without
-
-    names = [f"selftest-{name}" for name in NAMES]
+    names = [f"selftest-{name}" for name in SELF_TESTS]
     names += [f"config-{name}" for name in FACTS]
     names += [f"weights-{name}" for name in _tensor_names(headers)]
     names += [str(point) for point in points]
@@ -60,8 +59,6 @@ def outcome_of(report: Report, name: str) -> Outcome:
 
 
 def _gate(report: Report) -> Outcome:
-    from pytest_aprt.verdict import VERDICTS
-
     verdict = report["verdict"]
     passed = VERDICTS[verdict["status"]]
     return Outcome(

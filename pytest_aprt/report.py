@@ -13,14 +13,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 
-from pytest_aprt.compare import Metrics, Slice
 from pytest_aprt.errors import SettingsError
-from pytest_aprt.measure import Measurement, PointErrors, Prompt
-from pytest_aprt.rungs import FactRow, TensorRow
 from pytest_aprt.stages import Point
-from pytest_aprt.verdict import Judged, Verdict, previous_good
+
+if TYPE_CHECKING:
+    from pytest_aprt.compare import Metrics, Slice
+    from pytest_aprt.measure import Measurement, PointErrors, Prompt
+    from pytest_aprt.rungs import FactRow, TensorRow
+    from pytest_aprt.verdict import Judged, Verdict
 
 SCHEMA: Literal["aprt-report-v1"] = "aprt-report-v1"
 
@@ -231,6 +233,8 @@ def build(
     graph: Any,
 ) -> Report:
     """Put a run's results into the report's form."""
+    from pytest_aprt.verdict import previous_good  # loads torch, which readers do without
+
     by_point: dict[Point, list[PointErrors]] = {}
     for errors in measurement.errors:
         by_point.setdefault(errors.point, []).append(errors)

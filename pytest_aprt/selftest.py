@@ -1,6 +1,6 @@
 """The capture's self-test: the first suspect is the instrument.
 
-Each check is one line of ``NAMES``. A check that fails makes the run inconclusive and says why; a
+Each check is one line of ``SELF_TESTS``. A check that fails makes the run inconclusive and says why; a
 check that had nothing to look at fails too.
 """
 
@@ -19,20 +19,11 @@ from pytest_aprt.capture import LayerStages
 from pytest_aprt.compare import View, judge, measure
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Point
+from pytest_aprt.statuses import SELF_TESTS
 
 if TYPE_CHECKING:
     from pytest_aprt.oracle import TransformersRunner
     from pytest_aprt.pair import Pair
-
-NAMES = {
-    "tokens": "both sides are given the same token ids",
-    "capture": "counts, shapes and layers are those of the architecture",
-    "layers": "no two layers of the model's capture are identical",
-    "repeat": "an oracle layer run twice gives the same bits",
-    "hooks": "capture changes no bit of the oracle",
-    "replay": "the replay reproduces transformers' own stages",
-    "canary": "one changed value in the model's capture is found, and where it is",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +47,7 @@ class Checks:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
         self._failures: dict[str, str] = {}
-        self._seen: dict[str, int] = dict.fromkeys(NAMES, 0)
+        self._seen: dict[str, int] = dict.fromkeys(SELF_TESTS, 0)
         self._worst_replay: tuple[float, Point] | None = None
         self._layers: dict[tuple[int, bytes], int] = {}
 
@@ -139,7 +130,7 @@ class Checks:
             )
 
     def results(self) -> list[SelfTest]:
-        """Return the outcome of every check, in the order of NAMES."""
+        """Return the outcome of every check, in the order of SELF_TESTS."""
         return [
             SelfTest(name=name, passed=not self._reason(name), detail=self._reason(name) or what)
             for name, what in self._details().items()
@@ -148,14 +139,14 @@ class Checks:
     def _reason(self, name: str) -> str:
         if name in self._failures:
             return self._failures[name]
-        return "" if self._seen[name] else f"nothing could be checked ({NAMES[name]})"
+        return "" if self._seen[name] else f"nothing could be checked ({SELF_TESTS[name]})"
 
     def _details(self) -> dict[str, str]:
         seen = self._seen
         details = {
-            **NAMES,
-            "tokens": f"{NAMES['tokens']}: {seen['tokens']} ids",
-            "capture": f"{NAMES['capture']}: {seen['capture']} stages",
+            **SELF_TESTS,
+            "tokens": f"{SELF_TESTS['tokens']}: {seen['tokens']} ids",
+            "capture": f"{SELF_TESTS['capture']}: {seen['capture']} stages",
         }
         if self._worst_replay:
             excess, point = self._worst_replay

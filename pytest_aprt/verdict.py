@@ -14,27 +14,9 @@ from pytest_aprt.hints import hint_for
 from pytest_aprt.measure import Measurement, PointErrors
 from pytest_aprt.rungs import STAGE_OF_TENSOR, FactRow, TensorRow
 from pytest_aprt.stages import STAGES, Point, StageGraph
-
-STATUSES = {
-    # status: outcome of its test
-    "missing": "skipped",
-    "inconclusive": "skipped",
-    "diverged": "failed",
-    "inherited": "xfailed",
-    "drift": "passed",
-    "noise": "passed",
-    "pass": "passed",
-}
+from pytest_aprt.statuses import STATUSES
 
 _SEVERITY = ("missing", "inconclusive", "pass", "noise", "drift", "inherited", "diverged")
-
-VERDICTS = {
-    # verdict: whether the gate lets it pass
-    "PARITY": True,
-    "QUANTISATION_NOISE": True,
-    "DIVERGED": False,
-    "INCONCLUSIVE": False,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from pytest_aprt.measure import Measurement, PointErrors
 from pytest_aprt.rungs import FactRow, TensorRow
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point
-from pytest_aprt.verdict import STATUSES, VERDICTS, Threshold, conclude, is_below, previous_good
+from pytest_aprt.statuses import STATUSES, VERDICTS
+from pytest_aprt.verdict import Threshold, conclude, is_below, previous_good
 
 GRAPH = ARCHITECTURES["qwen2"].graph(3)
 THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))

@@ -14,6 +14,7 @@ from pytest_aprt.testing import write_random_pair
 import pytest_aprt.run  # noqa: F401  isort: skip
 
 TOKENS = "1,2,3,4,5"
+PLUGINS = ("anyio", "html", "hypothesispytest", "metadata", "pytest_cov", "randomly", "timeout")
 
 ENGINE = """
 from pathlib import Path
@@ -56,20 +57,16 @@ class Suite:
     """A project of a user with a model under test."""
 
     def __init__(self, pytester, gguf, hf):
-        self.pytester, self.path, self.gguf, self.hf = pytester, pytester.path, gguf, hf
+        self.pytester, self.path = pytester, pytester.path
+        self.pair = (f"--aprt-model={gguf}", f"--aprt-oracle={hf}")
 
-    def __call__(self, *args, subprocess=False, **kwargs):
-        """Run pytest there; returns pytester's result."""
-        run = (
-            self.pytester.runpytest_subprocess if subprocess else self.pytester.runpytest_inprocess
-        )
-        return run(*self.args(), *args, **kwargs)
-
-    def args(self):
-        plugins = ["cov", "timeout", "html", "metadata", "randomly", "hypothesispytest"]
-        return [
-            f"--aprt-model={self.gguf}", f"--aprt-oracle={self.hf}", f"--aprt-tokens={TOKENS}",
-        ]  # fmt: skip
+    def __call__(self, *args, subprocess=False, plugins=()):
+        """Run pytest there, with no third-party plugin but xdist and those that are named."""
+        without = [f"-pno:{name}" for name in PLUGINS if name not in plugins]
+        start = self.pytester.runpytest_inprocess
+        if subprocess:
+            start = self.pytester.runpytest_subprocess
+        return start(*without, *self.pair, f"--aprt-tokens={TOKENS}", *args)
 
     def runs(self):
         """How often the engine under test ran since the last time this was asked."""
