@@ -1,7 +1,7 @@
 """The capture's self-test: the first suspect is the instrument.
 
-Each check is one line of ``SELF_TESTS``. A check that fails makes the run inconclusive and says why; a
-check that had nothing to look at fails too.
+Each check is one line of ``SELF_TESTS``. A check that fails makes the run inconclusive and says
+why; a check that had nothing to look at fails too.
 """
 
 from __future__ import annotations
