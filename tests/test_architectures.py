@@ -10,7 +10,7 @@ from families import CONFIGURATIONS
 from transformers import AutoModelForCausalLM
 
 from pytest_aprt.architectures import ARCHITECTURES, architecture_of
-from pytest_aprt.arithmetic import ARITHMETICS
+from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.forward import BuiltinRunner
@@ -34,7 +34,7 @@ def made(request, tmp_path_factory):
 
 def measured(pair, engine):
     prompt = Prompt(text="", tokens=TOKENS)
-    return measure_pair(pair, engine, [prompt], pair.graph.points, ARITHMETICS["float32"])
+    return measure_pair(pair, engine, [prompt], pair.graph.points, PROFILES["float32"])
 
 
 def test_every_stage_of_our_forward_is_that_of_transformers(made):

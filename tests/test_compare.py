@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_aprt.arithmetic import FLOAT32_ULP, Tolerance
 from pytest_aprt.compare import TOP_DIFFS, View, judge, measure, non_finite
 from pytest_aprt.facts import Facts, RopeScaling
-from pytest_aprt.replay import ULP, Reference
+from pytest_aprt.replay import Reference
 from pytest_aprt.stages import STAGES
 
 FACTS = Facts(
@@ -21,6 +22,12 @@ FACTS = Facts(
     activation="silu",
 )  # fmt: skip
 TOLERANCE = 1e-5
+
+
+def of(base):
+    return Tolerance(base=base, spread=0.0, source="a test")
+
+
 NAN, INF = math.nan, math.inf
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -44,7 +51,7 @@ def metrics(a, b, stage="attn_norm", tokens=None):
 
 def worst(a, b, stage="attn_norm", response=None, tokens=None, tolerance=TOLERANCE):
     response = torch.zeros_like(b, dtype=torch.float64) if response is None else response
-    return judge(a, Reference(b.double(), response), view(stage, tokens), tolerance)
+    return judge(a, Reference(b.double(), response), view(stage, tokens), of(tolerance))
 
 
 # Metrics
@@ -232,7 +239,9 @@ def test_no_error_is_no_excess():
 @pytest.mark.parametrize(("factor", "beyond"), [(0.9, False), (1.1, True)])
 def test_excess_is_the_error_in_units_of_the_tolerance(factor, beyond):
     b = random(5, 4).double()
-    found = judge(b * (1 + factor * TOLERANCE), Reference(b, b * 0), view("attn_norm"), TOLERANCE)
+    found = judge(
+        b * (1 + factor * TOLERANCE), Reference(b, b * 0), view("attn_norm"), of(TOLERANCE)
+    )
     assert found.excess == pytest.approx(factor, rel=1e-6)
     assert (found.excess > 1) is beyond
     assert found.rel_l2 == pytest.approx(factor * TOLERANCE, rel=1e-6)
@@ -292,7 +301,7 @@ def test_q_k_and_v_are_judged_apart(part, channels):
     by_part = view("qkv_matmul").parts()
     assert by_part[part] == ("qkv"[part], channels)
     along_parts = View(replace(STAGES["qkv_matmul"], slices=("part",)), FACTS)
-    found = judge(a, Reference(b.double(), b.double() * 0), along_parts, TOLERANCE)
+    found = judge(a, Reference(b.double(), b.double() * 0), along_parts, of(TOLERANCE))
     assert (found.axis, found.index) == ("part", part)
 
 
@@ -316,8 +325,8 @@ def test_cancellation_is_tolerated_as_far_as_the_response_says():
     terms = 1e4
     b = tensor([[1e-3, 1.0, 1.0, 1.0]])  # channel 0: a small difference of large terms
     a = b.clone()
-    a[0, 0] += terms * ULP
-    response = torch.tensor([[terms, 1.0, 1.0, 1.0]]).double() * ULP
+    a[0, 0] += terms * FLOAT32_ULP
+    response = torch.tensor([[terms, 1.0, 1.0, 1.0]]).double() * FLOAT32_ULP
     assert worst(a, b).excess > 1
     assert worst(a, b, response=response).excess < 1
 
