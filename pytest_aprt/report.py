@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 
@@ -138,6 +136,13 @@ class PointJson(TypedDict):
     top_diffs: list[DiffJson]
 
 
+class GoodJson(TypedDict):
+    """The nearest captured ancestor that is no origin, on the origin's prompt."""
+
+    point: str
+    rel_l2: Number  # of its `local`; "nan" where it has none
+
+
 class OriginJson(TypedDict):
     """A point where error was born."""
 
@@ -147,6 +152,8 @@ class OriginJson(TypedDict):
     bracket: list[str]
     local: MetricsJson | None
     worst: SliceJson | None
+    born_non_finite: int  # NaN and Inf that appear although all inputs are finite
+    previous_good: GoodJson | None
     hint: str | None
 
 
@@ -238,13 +245,15 @@ def build(
     by_point: dict[Point, list[PointErrors]] = {}
     for errors in measurement.errors:
         by_point.setdefault(errors.point, []).append(errors)
-    first = verdict.first_divergence
+    origins = [
+        _origin(judged, previous_good(judged, graph, by_point)) for judged in verdict.origins
+    ]
     divergence: DivergenceJson | None = None
-    if first is not None:
-        good = previous_good(first, graph, by_point)
+    if verdict.first_divergence is not None:
+        good = origins[0]["previous_good"]
         divergence = {
-            **_place(first.point),
-            "previous_good": None if good is None else str(good.point),
+            **_place(verdict.first_divergence.point),
+            "previous_good": None if good is None else good["point"],
         }
     report: Report = {
         "schema": SCHEMA,
@@ -256,7 +265,7 @@ def build(
             "summary": verdict.summary,
             "rung": verdict.rung,
             "first_divergence": divergence,
-            "origins": [_origin(judged) for judged in verdict.origins],
+            "origins": origins,
         },
         "self_test": [
             {"name": t.name, "passed": t.passed, "detail": t.detail} for t in measurement.self_tests
@@ -313,15 +322,21 @@ def _slice(s: Slice | None) -> SliceJson | None:
     return None if s is None else {"axis": s.axis, "index": s.index, "rel_l2": number(s.rel_l2)}
 
 
-def _origin(judged: Judged) -> OriginJson:
+def _origin(judged: Judged, good: PointErrors | None) -> OriginJson:
     e = judged.errors
     return {
         **_place(judged.point),
         "bracket": [str(p) for p in (*e.bracket, e.point)] if e and e.bracket else [],
         "local": _metrics(e.local, "model", "replay") if e else None,
         "worst": _slice(e.worst) if e else None,
+        "born_non_finite": e.born_non_finite if e else 0,
+        "previous_good": None if good is None else _good(good),
         "hint": judged.hint,
     }
+
+
+def _good(e: PointErrors) -> GoodJson:
+    return {"point": str(e.point), "rel_l2": number(e.local.rel_l2 if e.local else math.nan)}
 
 
 def _point(judged: Judged) -> PointJson:
@@ -389,33 +404,47 @@ def write(report: Report, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole.
+    """Write a file as a whole: a failure leaves the old file or none, and nothing beside it.
+
+    Characters that UTF-8 cannot hold (lone surrogates, from paths that are no UTF-8) are written
+    as escapes.
 
     Raises:
         SettingsError: the folder cannot be made or written.
     """
+    part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-            dir=path.parent,
-            prefix=f".{path.name}.",
-            delete=False,
-        ) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        part = Path(name)
+        with open(handle, "wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+        part.chmod(0o644)
+        part.replace(path)
+        part = None
     except OSError as error:
         raise SettingsError(
             f"cannot write {path}: {error.strerror}; choose another folder with --aprt-report"
         ) from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Report:
-    """Read a report that ``write`` wrote."""
-    report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("schema") != SCHEMA:
-        raise SettingsError(f"{path} is no {SCHEMA} report: its schema is {report.get('schema')!r}")
+    """Read a report that ``write`` wrote.
+
+    Raises:
+        SettingsError: the file cannot be read, is no JSON, or is of another schema.
+    """
+    expected = f"expected a report.json of --aprt-report (schema {SCHEMA})"
+    try:
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}; {expected}") from error
+    except ValueError as error:
+        raise SettingsError(f"{path} is no JSON: {error}; {expected}") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise SettingsError(f"{path} is no {SCHEMA} report: its schema is {schema!r}; {expected}")
     return cast(Report, report)

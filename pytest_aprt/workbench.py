@@ -250,16 +250,13 @@ class Workbench:
             return
         from pytest_aprt.render import terminal
 
-        saved = self._settings.report
-        colour = {"green": True} if self._passes() else {"red": True}
-        terminalreporter.section("forward-pass parity", sep="=", bold=True)
-        first, *rest = terminal.render(self.report, None if saved is None else str(saved))
-        terminalreporter.write_line(first, bold=True, **colour)
-        for line in rest:
-            terminalreporter.write_line(line)
-
-    def _passes(self) -> bool:
-        return self.outcome("gate").outcome == "passed"
+        saved, verbosity = self._settings.report, self.config.getoption("verbose")
+        if verbosity >= 0:
+            terminalreporter.section("forward-pass parity", sep="=", bold=True)
+        for text, markup in terminal.render(
+            self.report, None if saved is None else str(saved), verbosity
+        ):
+            terminalreporter.write_line(text, **markup)
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tabulate import tabulate
 
-from pytest_aprt.render.words import cosine, place, rel_l2, small, where
-from pytest_aprt.report import PointJson, Report
+from pytest_aprt.render.words import cosine, place, printable, rel_l2, small, span, where
+from pytest_aprt.report import OriginJson, PointJson, Report
 
 _AFTER = 3  # points shown after the failed one
 _BEFORE = 5  # and at most before it
@@ -19,53 +19,54 @@ def render(report: Report, point: PointJson) -> str:
         _worst_elements(point),
         _meaning(report, point),
     ]
-    return "\n\n".join(section for section in sections if section)
+    return printable("\n\n".join(section for section in sections if section))
 
 
 def headline(report: Report, point: PointJson) -> str:
     """Return the one line that stands alone: point, value, bound, where it began."""
     name = point["point"]
     if point["status"] != "diverged":
-        reason = point["reason"]
-        total, at_least = point["total"], point["threshold"]["cosine"]
-        if total is None or float(total["cosine"]) >= at_least:
-            return f"{name}: {reason}"
-        bound = point["threshold"]
-        return (
-            f"{name}: total cosine {cosine(point['total'])} < {bound['cosine']:g} "
-            f"({bound['source']}); {reason}"
-        )
-    origins = report["verdict"]["origins"]
-    first = origins[0]["point"]
+        return f"{name}: " + "; ".join(filter(None, [_below(point), point["reason"]]))
+    first = report["verdict"]["origins"][0]["point"]
     began = "first divergence" if first == name else f"a further origin; the first is {first}"
-    good = _good(report, point)
-    before = f"; {good['point']} was {rel_l2(good['local'])}" if good else ""
-    return f"{name}: {_size(point)} ({began}{before})"
+    good = _origin(report, point)["previous_good"]
+    before = f"; {good['point']} was {small(good['rel_l2'])}" if good else ""
+    return f"{name}: {_size(report, point)} ({began}{before})"
 
 
-def _size(point: PointJson) -> str:
-    local, worst, tolerance = point["local"], point["worst_slice"], point["tolerance"]
-    if local and local["non_finite"]["model"]:
-        count = local["non_finite"]["model"]
+def _origin(report: Report, point: PointJson) -> OriginJson:
+    return next(o for o in report["verdict"]["origins"] if o["point"] == point["point"])
+
+
+def _below(point: PointJson) -> str:
+    """Return which error misses the threshold, if one does: the one that was judged."""
+    bound = point["threshold"]
+    judged = ("total", "engine") if point["outcome"] == "failed" else ("engine", "total")
+    for error in judged:
+        metrics = point["engine"] if error == "engine" else point["total"]
+        if metrics is None:
+            continue
+        ours = metrics["non_finite"]["model"]
+        if 2 * ours > sum(metrics["non_finite"].values()):  # more than the other side has
+            return f"{ours} non-finite value{'s' * (ours > 1)}"
+        if float(metrics["cosine"]) < bound["cosine"] and metrics["rel_l2"] != 0:
+            return f"{error} cosine {cosine(metrics)} < {bound['cosine']:g} ({bound['source']})"
+    return ""
+
+
+def _size(report: Report, point: PointJson) -> str:
+    worst, tolerance = point["worst_slice"], point["tolerance"]
+    if count := _origin(report, point)["born_non_finite"]:
         return f"{count} non-finite value{'s' * (count > 1)} although all inputs are finite"
     if worst is None or tolerance is None:
         return "local error beyond tolerance"
     return f"local rel_l2 {small(worst['rel_l2'])} > {small(tolerance['rel_l2'])}{where(worst)}"
 
 
-def _good(report: Report, point: PointJson) -> PointJson | None:
-    """Return the last point before this one that is sound."""
-    points = report["points"]
-    before = points[: points.index(point)]
-    sound = [p for p in before if p["status"] in ("pass", "noise", "drift")]
-    return sound[-1] if sound else None
-
-
 def _neighbourhood(report: Report, point: PointJson) -> str:
     points = report["points"]
     here = points.index(point)
-    good = _good(report, point)
-    start = max(points.index(good) if good else 0, here - _BEFORE)
+    start = max(_sound_before(points, here), here - _BEFORE)
     rows = [
         [
             ("> " if p is point else "  ") + p["point"],
@@ -79,6 +80,12 @@ def _neighbourhood(report: Report, point: PointJson) -> str:
     ]
     head = ["  point", "status", "total cos", "weights cos", "engine cos", "local rel_l2"]
     return tabulate(rows, head, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
+
+
+def _sound_before(points: list[PointJson], here: int) -> int:
+    """Return the place of the last sound point before another; 0 where there is none."""
+    sound = [i for i in range(here) if points[i]["status"] in ("pass", "noise", "drift")]
+    return sound[-1] if sound else 0
 
 
 def _worst_elements(point: PointJson) -> str:
@@ -108,12 +115,11 @@ def _meaning(report: Report, point: PointJson) -> str:
             f"whole tensor: cosine {cosine(local)}, rel_l2 {rel_l2(local)}, slope "
             f"{float(local['slope']):.6g}, norm ratio {float(local['norm_ratio']):.6g}{token}"
         )
-    for origin in report["verdict"]["origins"]:
-        if origin["point"] != point["point"]:
-            continue
+    if point["status"] == "diverged":
+        origin = _origin(report, point)
         if origin["bracket"]:
             lines.append(
-                f"the fault lies in {origin['bracket'][0]} .. {origin['point']}; capture "
+                f"the fault lies in {span(origin)}; capture "
                 f"{', '.join(origin['bracket'][:-1])} to narrow it"
             )
         if origin["hint"]:

@@ -1,146 +1,184 @@
-"""report.md: the verdict, the origins, the layers and the broken rungs, for a pull request."""
+"""report.md: the verdict, the origins, the broken rungs and the layers, short enough for a comment.
+
+A comment on GitHub holds 65,536 characters: long tables name their worst rows, and report.html
+has the rest.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from tabulate import tabulate
 
-from pytest_aprt.render.terminal import counts
-from pytest_aprt.render.words import by_layer, cosine, megabytes, rel_l2, small, where, worst_of
+from pytest_aprt.render.ladder import BAD, rungs
+from pytest_aprt.render.words import (
+    SYMBOLS,
+    by_layer,
+    cosine,
+    counts,
+    excess,
+    layer_name,
+    megabytes,
+    printable,
+    rel_l2,
+    size,
+    small,
+    span,
+    worst_of,
+)
 from pytest_aprt.report import PointJson, Report
+
+MOST_CHARACTERS = 60_000
+_ROWS = 20  # of any table; the layers get more
+_LAYERS = 100
+_TEXT = 300  # characters of one cell
+
+_POINT_HEAD = ("status", "total cos", "weights cos", "engine rel_l2", "local rel_l2")
 
 
 def render(report: Report) -> str:
-    """Return the report as Markdown."""
+    """Return the report as Markdown, at most ``MOST_CHARACTERS`` long."""
+    verdict = report["verdict"]
     sections = [
         "# Forward-pass parity",
-        f"**{report['verdict']['status']}** {report['verdict']['summary'].partition(': ')[2]}",
+        f"**{verdict['status']}** {_plain(verdict['summary'].partition(': ')[2], 2000)}",
         _sides(report),
         _origins(report),
-        _broken(report),
         _self_tests(report),
+        _broken(report),
         _layers(report),
         _points(report),
         _run(report),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    if len(text) > MOST_CHARACTERS:  # only a command or a name of many thousand characters does it
+        text = text[: MOST_CHARACTERS - 40] + "\n\n(cut; report.json has it all)\n"
+    return printable(text)
 
 
-def _table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return tabulate(cells, head, tablefmt="github", disable_numparse=True)
+def _plain(value: Any, most: int = _TEXT) -> str:
+    """Return text that stays text in Markdown: one line, no HTML, no table border, no markup."""
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
+    if len(text) > most:
+        text = text[: most - 3] + "..."
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w)|(?<!\w)[@#](?=\w))", r"\\\1", text)
+
+
+def _code(value: str) -> str:
+    """Return text as code on one line, whatever it holds."""
+    text = " ".join(value.split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
+
+
+def _first(rows: list[list[str]], head: Sequence[str], noun: str, most: int = _ROWS) -> str:
+    """Return a table of the first rows, and how many there are besides."""
+    further = len(rows) - most
+    more = f"\n\n{further} further {noun}: see report.html." if further > 0 else ""
+    return _table(rows[:most], head) + more
 
 
 def _sides(report: Report) -> str:
     model, oracle = report["model"], report["oracle"]
     types = ", ".join(f"{count} {kind}" for kind, count in model["quantisation"].items())
     rows = [
-        [
-            "model",
-            f"`{model['source']}`",
-            f"{model['architecture']}; {types}",
-            model["sha256"][:12],
-        ],
-        ["oracle", f"`{oracle['source']}`", oracle["architecture"], oracle["sha256"][:12]],
-    ]
-    engine = f"Engine: {model['engine']}, arithmetic {model['arithmetic']}."
+        ["model", _code(model["source"]), _plain(f"{model['architecture']}; {types}"),
+         model["sha256"][:12]],
+        ["oracle", _code(oracle["source"]), _plain(oracle["architecture"]),
+         oracle["sha256"][:12]],
+    ]  # fmt: skip
+    engine = f"Engine: {_plain(model['engine'])}, arithmetic {_plain(model['arithmetic'])}."
     return _table(rows, ["", "source", "what", "sha256"]) + "\n\n" + engine
 
 
 def _origins(report: Report) -> str:
-    origins = report["verdict"]["origins"]
-    if not origins:
-        return ""
     rows = [
-        [
-            " .. ".join(dict.fromkeys([(o["bracket"] or [o["point"]])[0], o["point"]])),
-            rel_l2(o["local"]),
-            f"{small(o['worst']['rel_l2'])}{where(o['worst'])}" if o["worst"] else "",
-            o["hint"] or "",
-        ]
-        for o in origins
-    ]
-    return "## Origins\n\n" + _table(rows, ["point", "local rel_l2", "worst slice", "likely"])
+        [span(o), size(o), o["previous_good"]["point"] if o["previous_good"] else "",
+         _plain(o["hint"] or "")]
+        for o in report["verdict"]["origins"]
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    head = ["point", "local rel_l2", "still good", "likely"]
+    return "## Origins\n\n" + _first(rows, head, "origins")
 
 
 def _broken(report: Report) -> str:
-    facts = [f for f in report["ladder"]["config"] if f["status"] != "agree"]
-    tensors = [t for t in report["ladder"]["weights"] if t["status"] == "broken"]
-    text = ""
-    if facts:
-        rows = [[f["name"], f["model"], f["oracle"], f["status"]] for f in facts]
-        text += "## Config\n\n" + _table(rows, ["fact", "model", "oracle", "status"])
-    if tensors:
-        rows = [[t["name"], t["type"], t["reason"]] for t in tensors]
-        text += (
-            ("\n\n" if text else "") + "## Weights\n\n" + _table(rows, ["tensor", "type", "why"])
+    """Return the rows that are not as they should be, of every rung that has some."""
+    sections = []
+    for rung in rungs(report["ladder"]):
+        bad = [row for row in rung.rows if row.mark == BAD]
+        if not bad:
+            continue
+        rows = [[_plain(cell) for cell in row.cells] for row in bad]
+        sections.append(
+            f"## {rung.title}\n\n" + _first(rows, rung.columns, f"rows of {rung.title.lower()}")
         )
-    return text
+    return "\n\n".join(sections)
 
 
 def _self_tests(report: Report) -> str:
-    rows = [
-        [t["name"], "passed" if t["passed"] else "FAILED", t["detail"]] for t in report["self_test"]
-    ]
-    return "## Self-test\n\n" + _table(rows, ["check", "", "detail"])
+    tests = report["self_test"]
+    failed = [[_plain(t["name"]), _plain(t["detail"])] for t in tests if not t["passed"]]
+    if not failed:
+        return f"Self-test of the capture: {len(tests)} of {len(tests)} passed."
+    return f"## Self-test: {len(failed)} of {len(tests)} failed\n\n" + _first(
+        failed, ["check", "why"], "checks"
+    )
 
 
 def _layers(report: Report) -> str:
-    rows = []
-    for layer, points in by_layer(report).items():
-        p = worst_of(points)
-        name = "head" if layer is None else f"L{layer:02d}"
-        rows.append([name, *_row(p)])
-    head = [
-        "layer",
-        "worst point",
-        "status",
-        "total cos",
-        "weights cos",
-        "engine rel_l2",
-        "local rel_l2",
-    ]
-    return f"## Layers\n\n{counts(report)}.\n\n" + _table(rows, head)
+    worst = {layer: worst_of(points) for layer, points in by_layer(report).items()}
+    rows = [[layer_name(layer), p["stage"], *_row(p)] for layer, p in worst.items()]
+    head = ["layer", "worst point", *_POINT_HEAD]
+    return f"## Layers\n\n{counts(report)}.\n\n" + _first(rows, head, "layers", _LAYERS)
 
 
 def _row(p: PointJson) -> list[str]:
-    return [p["stage"], p["status"], cosine(p["total"]), cosine(p["weights"]),
+    return [p["status"], cosine(p["total"]), cosine(p["weights"]),
             rel_l2(p["engine"]), rel_l2(p["local"])]  # fmt: skip
 
 
 def _points(report: Report) -> str:
+    points = report["points"]
+    order = list(SYMBOLS)
+    worst = sorted(points, key=lambda p: (order.index(p["status"]), -excess(p)))
     rows = [
-        [p["point"], *_row(p)[1:], small(p["tolerance"]["rel_l2"]) if p["tolerance"] else ""]
-        for p in report["points"]
+        [p["point"], *_row(p), small(p["tolerance"]["rel_l2"]) if p["tolerance"] else ""]
+        for p in worst
     ]
-    head = [
-        "point",
-        "status",
-        "total cos",
-        "weights cos",
-        "engine rel_l2",
-        "local rel_l2",
-        "tolerance",
-    ]
-    table = _table(rows, head)
-    return f"<details><summary>All {len(rows)} points</summary>\n\n{table}\n\n</details>"
+    title = f"All {len(rows)} points" if len(rows) <= 100 else "The 100 worst points"
+    table = _first(rows, ["point", *_POINT_HEAD, "tolerance"], "points", 100)
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
 
 
 def _run(report: Report) -> str:
     run = report["run"]
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    fence = "`" * max(3, 1 + max((len(r) for r in re.findall("`+", run["command"])), default=0))
+    prompts = [
+        f"- prompt {index}: {_code(repr(prompt['text'][:_TEXT]))}, {len(prompt['tokens'])} tokens"
+        for index, prompt in enumerate(run["prompts"][:_ROWS])
+    ]
     lines = [
         "## Run",
         "",
+        f"{fence}console",
+        *[("$ " if i == 0 else "> ") + line for i, line in enumerate(run["command"].split("\n"))],
+        fence,
+        "",
         f"- {run['started_utc']}, {run['wall_s']:.1f} s, peak memory "
         f"{megabytes(run['peak_rss_bytes'])}, id `{run['id']}`",
-        f"- `{run['command']}`",
-        *[
-            f"- prompt {index}: {prompt['text']!r}, {len(prompt['tokens'])} tokens"
-            for index, prompt in enumerate(run["prompts"])
-        ],
-        *[f"- note: {note}" for note in report["notes"]],
-        f"- {versions}",
+        *prompts,
+        *[f"- note: {_plain(note, 1000)}" for note in report["notes"]],
+        "- " + ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
     ]
     return "\n".join(lines)

@@ -1,76 +1,150 @@
-"""The summary at the end of a run: at most 25 lines, 80 columns, plain ASCII."""
+"""The summary at the end of a run: at most 25 lines of 80 columns, plain ASCII, in colour.
+
+``-q`` is the verdict's sentence alone; ``-v`` adds the table of all points.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from pytest_aprt.render.words import SYMBOLS, by_layer, cosine, rel_l2, small, where, worst_of
-from pytest_aprt.report import Report
+from pytest_aprt.render.words import (
+    SYMBOLS,
+    ascii_only,
+    by_layer,
+    cosine,
+    counts,
+    layer_name,
+    rel_l2,
+    size,
+    small,
+    span,
+    worst_of,
+)
+from pytest_aprt.report import PointJson, Report
+from pytest_aprt.verdict import VERDICTS
 
 WIDTH = 80
+LINES = 25
 _TABLE_LAYERS = 6  # more layers than this get one sign each instead of a line each
-_ORIGINS = 4
+_ORIGINS = 3
+
+_COLOURS = {
+    # status: how the terminal shows it
+    "diverged": {"red": True, "bold": True},
+    "inherited": {"yellow": True},
+    "drift": {"cyan": True},
+    "noise": {},
+    "pass": {"green": True},
+    "inconclusive": {"purple": True},
+    "missing": {"light": True},
+}
 
 
-def render(report: Report, saved_to: str | None) -> list[str]:
-    """Return the summary's lines; ``saved_to`` is the folder of the written report, if any."""
+class Line(NamedTuple):
+    """One line, and the markup that pytest's terminal writer takes."""
+
+    text: str
+    markup: Mapping[str, bool] = {}
+
+
+def render(report: Report, saved_to: str | None, verbosity: int = 0) -> list[Line]:
+    """Return the summary.
+
+    Args:
+        report: of the finished run.
+        saved_to: the folder of the written report, if any.
+        verbosity: pytest's; below 0 the verdict's sentence alone, above 0 all points too.
+    """
     verdict = report["verdict"]
-    lines = textwrap.wrap(verdict["summary"], WIDTH)[:4]
-    for origin in verdict["origins"][:_ORIGINS]:
-        name = " .. ".join(
-            [origin["bracket"][0], origin["point"]] if origin["bracket"] else [origin["point"]]
-        )
-        text = f"origin {name}: local rel_l2 {rel_l2(origin['local'])}{where(origin['worst'])}"
-        lines.append(text[:WIDTH])
-        if origin["hint"] and origin is verdict["origins"][0]:
-            lines += textwrap.wrap(
-                origin["hint"], WIDTH - 2, initial_indent="  ", subsequent_indent="  "
-            )[:3]
-    lines += [
-        test_line(test["name"], test["detail"])
-        for test in report["self_test"]
-        if not test["passed"]
-    ][:2]
-    lines.append("")
-    lines += _strip(report)
-    lines += [line for note in report["notes"] for line in textwrap.wrap(f"note: {note}", WIDTH)]
-    lines.append(
-        f"report: {saved_to}" if saved_to else "report: none kept (--aprt-report DIR keeps it)"
+    colour = {"bold": True, "green" if VERDICTS[verdict["status"]] else "red": True}
+    if verbosity < 0:
+        return [Line(ascii_only(verdict["summary"]), colour)]
+    head = [Line(text, colour) for text in _wrap(verdict["summary"], 4)]
+    head += _origins(report) + _failed_self_tests(report) + [Line("")]
+    body = _points(report) if verbosity > 0 else _layers(report)
+    kept = f"report: {saved_to}" if saved_to else "report: none kept (--aprt-report DIR keeps it)"
+    tail = [Line(text) for text in _wrap(kept, 3)]
+    space = LINES - len(head) - len(tail) - (0 if verbosity > 0 else len(body))
+    notes = [Line(text) for note in report["notes"] for text in _wrap(f"note: {note}", LINES)]
+    if len(notes) > space:
+        left = f"{len(report['notes'])} notes: see the report"
+        notes = [*notes[: max(space - 1, 0)], Line(left)][: max(space, 0)]
+    return head + body + notes + tail
+
+
+def _wrap(text: str, most: int, indent: str = "") -> list[str]:
+    """Return at most ``most`` lines of plain ASCII."""
+    return textwrap.wrap(
+        ascii_only(text),
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        max_lines=most,
+        placeholder=" ...",
     )
-    return lines[:25]
 
 
-def test_line(name: str, detail: str) -> str:
-    """Return one line on a failed self-test."""
-    return f"self-test {name}: {detail}"[:WIDTH]
-
-
-def counts(report: Report) -> str:
-    """Return how many points have which status, in words."""
-    found = Counter(point["status"] for point in report["points"])
-    return ", ".join(f"{found[status]} {status}" for status in SYMBOLS if found[status])
-
-
-def _strip(report: Report) -> list[str]:
-    layers = by_layer(report)
-    lines = [f"{len(report['points'])} points: {counts(report)}"]
-    if len(layers) <= _TABLE_LAYERS:
-        lines.append(f"{'layer':7}{'worst point':20}{'status':14}{'total cos':>10}{'engine':>10}"
-                     f"{'local':>10}")  # fmt: skip
-        for layer, points in layers.items():
-            p = worst_of(points)
-            lines.append(
-                f"{'head' if layer is None else f'L{layer:02d}':7}{p['stage']:20}{p['status']:14}"
-                f"{cosine(p['total']):>10}{rel_l2(p['engine']):>10}{rel_l2(p['local']):>10}"
-            )
-        return lines
-    signs = "".join(SYMBOLS[worst_of(points)["status"]] for points in layers.values())
-    lines += textwrap.wrap(f"worst status of each layer: {signs}", WIDTH)
-    used = [f"{SYMBOLS[s]} {s}" for s in SYMBOLS if SYMBOLS[s] in signs]
-    lines.append(f"  ({', '.join(used)}; last sign: the head)")
-    p = worst_of(report["points"])
-    tolerance = small(p["tolerance"]["rel_l2"]) if p["tolerance"] else ""
-    worst = f"worst point: {p['point']}, total cosine {cosine(p['total'])}, "
-    lines += textwrap.wrap(worst + f"local {rel_l2(p['local'])} (tolerance {tolerance})", WIDTH)
+def _origins(report: Report) -> list[Line]:
+    origins = report["verdict"]["origins"]
+    lines = []
+    for origin in origins[:_ORIGINS]:
+        text = f"origin {span(origin)}: local rel_l2 {size(origin)}"
+        lines += [Line(line, _COLOURS["diverged"]) for line in _wrap(text, 1)]
+        if origin["hint"] and origin is origins[0]:
+            lines += [Line(line) for line in _wrap(origin["hint"], 3, indent="  ")]
+    if len(origins) > _ORIGINS:
+        lines.append(Line(f"and {len(origins) - _ORIGINS} further origins"))
     return lines
+
+
+def _failed_self_tests(report: Report) -> list[Line]:
+    failed = [test for test in report["self_test"] if not test["passed"]]
+    return [
+        Line(text, _COLOURS["inconclusive"])
+        for test in failed[:2]
+        for text in _wrap(f"self-test {test['name']}: {test['detail']}", 1)
+    ]
+
+
+def _row(name: str, point: PointJson) -> str:
+    numbers = (cosine(point["total"]), rel_l2(point["engine"]), rel_l2(point["local"]))
+    return f"{name:25}{point['status']:14}" + "".join(f"{number:>12}" for number in numbers)
+
+
+_HEAD = Line(f"{'point':25}{'status':14}{'total cos':>12}{'engine':>12}{'local':>12}")
+
+
+def _points(report: Report) -> list[Line]:
+    rows = [Line(_row(p["point"], p), _COLOURS[p["status"]]) for p in report["points"]]
+    return [Line(_counted(report)), _HEAD, *rows]
+
+
+def _counted(report: Report) -> str:
+    return f"{len(report['points'])} points: {counts(report)}"
+
+
+def _layers(report: Report) -> list[Line]:
+    layers = by_layer(report)
+    lines = [Line(text) for text in _wrap(_counted(report), 2)]
+    if not layers:
+        return lines
+    worst = {layer: worst_of(points) for layer, points in layers.items()}
+    if len(layers) <= _TABLE_LAYERS:
+        lines.append(_HEAD._replace(text=_HEAD.text.replace("point", "worst", 1)))
+        return lines + [
+            Line(_row(p["point"] if layer is None else f"{layer_name(layer)}-{p['stage']}", p),
+                 _COLOURS[p["status"]])
+            for layer, p in worst.items()
+        ]  # fmt: skip
+    signs = "".join(SYMBOLS[p["status"]] for p in worst.values())
+    lines += [Line(text) for text in _wrap(f"worst status of each layer: {signs}", 4)]
+    used = ", ".join(f"{sign} {status}" for status, sign in SYMBOLS.items() if sign in signs)
+    last = "; last sign: the head" if None in layers else ""
+    lines += [Line(text) for text in _wrap(f"({used}{last})", 2, indent="  ")]
+    p = worst_of(report["points"])
+    bound = f" (tolerance {small(p['tolerance']['rel_l2'])})" if p["tolerance"] else ""
+    text = f"worst point: {p['point']}, total cosine {cosine(p['total'])}, local "
+    text += rel_l2(p["local"]) + bound
+    return lines + [Line(line, _COLOURS[p["status"]]) for line in _wrap(text, 2)]
