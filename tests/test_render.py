@@ -19,7 +19,7 @@ from report_cases import (
 
 from pytest_aprt.render import failure, markdown, terminal, words
 from pytest_aprt.render.ladder import BAD, GOOD, NEUTRAL, mark, rung, rungs
-from pytest_aprt.verdict import STATUSES
+from pytest_aprt.statuses import STATUSES
 
 RUNS = ("clean", "fault", "overflow", "prompts")
 every_report = pytest.mark.parametrize("name", RUNS)

@@ -23,7 +23,7 @@ from pytest_aprt.render.words import (
     worst_of,
 )
 from pytest_aprt.report import PointJson, Report
-from pytest_aprt.verdict import VERDICTS
+from pytest_aprt.statuses import VERDICTS
 
 WIDTH = 80
 LINES = 25
