@@ -28,11 +28,15 @@ def builtin(pair: Pair) -> BuiltinRunner:
     return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
 
 
-def faulty(pair: Pair, fault=None) -> CheckedEngine:
+def faulty(pair: Pair, fault=None, **ways) -> CheckedEngine:
     """The NumPy engine on the model's weights, with a fault planted."""
     changes = {} if fault is None else {(fault.layer, s): c for s, c in fault.changes.items()}
-    engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, changes)
-    return CheckedEngine(engine, pair.graph, pair.oracle_facts, "numpy")
+    engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, changes, **ways)
+    return checked(pair, engine)
+
+
+def checked(pair: Pair, engine) -> CheckedEngine:
+    return CheckedEngine(engine, pair.graph, pair.oracle_facts, type(engine).__name__)
 
 
 def verdict_of(
@@ -51,13 +55,3 @@ def verdict_of(
 
 def origins_of(verdict: Verdict) -> list[str]:
     return [str(judged.point) for judged in verdict.origins]
-
-
-def expected_origins(pair: Pair, fault) -> list[str]:
-    """The points in which a fault is born, in computation order."""
-    layers = range(pair.graph.n_layers) if fault.layer == -1 else [fault.layer]
-    return [
-        str(point)
-        for point in pair.graph.points
-        if point.layer in layers and point.stage in fault.changes
-    ]

@@ -22,13 +22,15 @@ class Fault:
 
     ``changes`` maps the stages in which it is born to what goes wrong there. ``layer`` is where it
     is planted: a layer, -1 for all of them, None for the whole-model stages. ``like`` is the kind
-    of real bug that it stands for. ``needs`` names what a family must have for the bug to exist.
+    of real bug that it stands for. A ``movable`` one may be
+    planted in any layer and in all. ``needs`` says what a family must have for the bug to exist.
     """
 
     name: str
     changes: Mapping[str, Change]
     like: str
     layer: int | None = 2
+    movable: bool = True
     needs: Callable[[Pair], bool] = lambda pair: True
 
 
@@ -385,9 +387,9 @@ FAULTS = (
     Fault(name="v-bias-missing", like="one of three biases under another name", needs=has_bias,
           changes={"qkv_bias": with_bias(lambda p: [p[0], p[1], 0 * p[2]])}),
     # norms
-    Fault(name="norm-eps-1e-3", like="eps key missed", layer=0,
+    Fault(name="norm-eps-1e-3", like="eps key missed", layer=0, movable=False,
           changes={"attn_norm": norm(NORM_1, None, eps=1e-3)}),
-    Fault(name="norm-eps-1e-5", like="eps of another family", layer=0,
+    Fault(name="norm-eps-1e-5", like="eps of another family", layer=0, movable=False,
           changes={"attn_norm": norm(NORM_1, None, eps=1.1e-5)}),
     Fault(name="layer-norm-for-rms-norm", like="LayerNorm for RMSNorm",
           changes={"ffn_norm": layer_norm}),
@@ -476,8 +478,9 @@ FAULTS = (
           changes={"ffn_norm": all_but_first(1.03)}),
     # values that are no numbers
     Fault(name="nan-in-k", like="NaN from an uninitialised buffer",
-          changes={"k_post_rope": element(np.nan)}),
-    Fault(name="inf-in-gate", like="overflow", changes={"ffn_gate": element(np.inf)}),
+          changes={"k_post_rope": element(np.nan)}, movable=False),
+    Fault(name="inf-in-gate", like="overflow", changes={"ffn_gate": element(np.inf)},
+          movable=False),
     # the ends
     Fault(name="embedding-row", like="one token's row", changes={"embedding": token(2, 1.05)},
           layer=0),
