@@ -19,10 +19,14 @@ GATE = "gate"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a test reports: passed, failed, skipped or xfailed, the text, and its numbers."""
+    """What a test reports: passed, failed, skipped or xfailed, the text, and its numbers.
+
+    ``reason`` is a few words where the text is long.
+    """
 
     outcome: str
     text: str = ""
+    reason: str = ""
     properties: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,7 +117,9 @@ def _point(report: Report, name: str) -> Outcome:
     text = point["reason"]
     if point["outcome"] == "failed" or point["status"] == "inherited":
         text = failure.render(report, point)
-    return Outcome(outcome=point["outcome"], text=text, properties=properties)
+    return Outcome(
+        outcome=point["outcome"], text=text, reason=point["reason"], properties=properties
+    )
 
 
 _RUNGS: dict[str, Callable[[Report, str], Outcome]] = {

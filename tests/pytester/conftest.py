@@ -6,12 +6,12 @@ The engine under test is one of the user's own, with a fault in layer 1; it coun
 from __future__ import annotations
 
 import families
+import harness
 import pytest
 
+import pytest_aprt.run
+from pytest_aprt.pair import open_headers, open_pair
 from pytest_aprt.testing import write_random_pair
-
-# The models must be loaded before pytester notes which modules are: torch cannot be loaded twice.
-import pytest_aprt.run  # noqa: F401  isort: skip
 
 TOKENS = "1,2,3,4,5"
 PLUGINS = ("anyio", "html", "hypothesispytest", "metadata", "pytest_cov", "randomly", "timeout")
@@ -49,8 +49,16 @@ def pytest_aprt_model(config):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """The paths of a GGUF and its Hugging Face folder."""
-    return write_random_pair(tmp_path_factory.mktemp("pair"), families.qwen2())
+    """The paths of a GGUF and its Hugging Face folder.
+
+    They are run once here: pytester forgets the modules that a run inside loads, and torch and
+    transformers can hardly be loaded twice.
+    """
+    gguf, hf = write_random_pair(tmp_path_factory.mktemp("pair"), families.qwen2())
+    opened = open_pair(open_headers(str(gguf), str(hf)))
+    assert harness.verdict_of(opened, harness.builtin(opened), (1, 2, 3)).status == "PARITY"
+    assert pytest_aprt.run.peak_rss() > 0
+    return gguf, hf
 
 
 class Suite:
