@@ -114,8 +114,20 @@ class DiffJson(TypedDict):
     reference: Number
 
 
+class PromptErrorsJson(TypedDict):
+    """The errors of a point on one prompt."""
+
+    prompt: int
+    shape: list[int]
+    total: MetricsJson | None
+    weights: MetricsJson | None
+    engine: MetricsJson | None
+    local: MetricsJson | None
+    worst_slice: SliceJson | None
+
+
 class PointJson(TypedDict):
-    """One point on the prompt where it is worst."""
+    """One point on the prompt where it is worst, and in `prompts` its errors on every prompt."""
 
     layer: int | None
     stage: str
@@ -134,6 +146,7 @@ class PointJson(TypedDict):
     tolerance: ToleranceJson | None
     prompt: int
     top_diffs: list[DiffJson]
+    prompts: list[PromptErrorsJson]
 
 
 class GoodJson(TypedDict):
@@ -274,7 +287,7 @@ def build(
             "config": [_fact(row) for row in facts],
             "weights": [_tensor(row) for row in measurement.tensors],
         },
-        "points": [_point(judged) for judged in verdict.points],
+        "points": [_point(j, by_point.get(j.point, [])) for j in verdict.points],
         "notes": notes,
     }
     return report
@@ -339,7 +352,19 @@ def _good(e: PointErrors) -> GoodJson:
     return {"point": str(e.point), "rel_l2": number(e.local.rel_l2 if e.local else math.nan)}
 
 
-def _point(judged: Judged) -> PointJson:
+def _prompt_errors(e: PointErrors) -> PromptErrorsJson:
+    return {
+        "prompt": e.prompt,
+        "shape": list(e.shape),
+        "total": _metrics(e.total, "model", "oracle"),
+        "weights": _metrics(e.weights, "shadow", "oracle"),
+        "engine": _metrics(e.engine, "model", "shadow"),
+        "local": _metrics(e.local, "model", "replay"),
+        "worst_slice": _slice(e.worst),
+    }
+
+
+def _point(judged: Judged, on_prompts: list[PointErrors]) -> PointJson:
     e = judged.errors
     tolerance: ToleranceJson | None = None
     if e and e.worst:
@@ -364,6 +389,7 @@ def _point(judged: Judged) -> PointJson:
             {"at": d.at, "model": number(d.a), "reference": number(d.b)}
             for d in (e.local.top_diffs if e and e.local else ())
         ],
+        "prompts": [_prompt_errors(errors) for errors in on_prompts],
     }
 
 

@@ -166,7 +166,9 @@ def test_runxfail_does_not_let_what_is_inherited_pass(faulty, args):
 @pytest.mark.parametrize("args", [[], ["-n2"], ["-o", "junit_family=xunit1"]], ids=" ".join)
 def test_junit_xml(faulty, args):
     faulty("--junitxml=junit.xml", *args)
-    cases = {case.get("name"): case for case in ET.parse(faulty.path / "junit.xml").iter("testcase")}
+    cases = {
+        case.get("name"): case for case in ET.parse(faulty.path / "junit.xml").iter("testcase")
+    }
     assert len(cases) == 115
     classes = {name: case.get("classname") for name, case in cases.items()}
     assert classes["L01-ffn_silu"] == classes["L01-attn_norm"] == "aprt.L01"
