@@ -7,30 +7,22 @@ read once per layer for all who need them. What leaves this module are numbers, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pytest_aprt import selftest
 from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
+from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
-from pytest_aprt.compare import Metrics, Slice, View, judge, measure, non_finite
+from pytest_aprt.compare import Metrics, Slice, View, judge, measure
 from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
-from pytest_aprt.replay import (
-    Context,
-    Input,
-    Reference,
-    UnfitError,
-    captured_input,
-    replay,
-    replayed_input,
-    visible,
-)
+from pytest_aprt.replay import UnfitError, visible
 from pytest_aprt.rounding import fits
 from pytest_aprt.rungs import TensorRow, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
@@ -96,8 +88,12 @@ class _Lane:
         self.oracle = keep("oracle", index, runs.oracle.layers(prompt.tokens))
         self.shadow = runs.shadow.layers(prompt.tokens)
         self.prelude: Prelude = runs.shadow.prelude(prompt.tokens)
-        self.model_replay = _Replay(pair, prompt, self.prelude, runs.profile, runs.tally)
-        self.shadow_replay = _Replay(pair, prompt, self.prelude, PROFILES["float32"], Tally())
+        self.model_replay = BridgedReplay(
+            pair, prompt.tokens, self.prelude, runs.profile, runs.tally
+        )
+        self.shadow_replay = BridgedReplay(
+            pair, prompt.tokens, self.prelude, PROFILES["float32"], Tally()
+        )
 
 
 class _Runs:
@@ -105,103 +101,6 @@ class _Runs:
         self.model, self.profile, self.tally = engine, profile, Tally()
         self.oracle = TransformersRunner(pair.config, pair.oracle_weights)
         self.shadow = TransformersRunner(pair.config, pair.model_weights)
-
-
-class _Replay:
-    """Replays one side's captures, and bridges stages that the side does not expose.
-
-    What stands in for a missing stage is computed in the same arithmetic as the stage that is
-    asked for. Where a layer's output is missing, it is carried into the next layer in every
-    arithmetic that has explained a point so far.
-    """
-
-    def __init__(
-        self, pair: Pair, prompt: Prompt, prelude: Prelude, profile: Profile, tally: Tally
-    ) -> None:
-        self._pair, self._tokens, self._prelude = pair, prompt.tokens, prelude
-        self.profile, self.tally = profile, tally
-        self._values: dict[Point, Tensor] = {}
-        self._bridges: dict[tuple[Point, str], Reference] = {}
-        self._carried: tuple[Point, tuple[Point, ...]] | None = None
-
-    def enter(self, captured: LayerStages) -> Context:
-        """Take in a layer's captured stages and return what its replay needs besides them."""
-        layer, pair = captured.layer, self._pair
-        entry = pair.graph.layer_input(layer)
-        values = {Point(layer, name): tensor for name, tensor in captured.stages.items()}
-        self._carry(entry, () if layer == 0 else self._arithmetics_to_carry())
-        if entry in self._values:
-            values[entry] = self._values[entry]
-        self._values = values
-        self._context = Context(
-            facts=pair.oracle_facts,
-            architecture=pair.architecture,
-            weights={} if layer is None else pair.model_weights.layer(layer),
-            call={} if layer is None else self._prelude.calls[layer],
-            source=pair.model_weights,
-            tokens=self._tokens,
-            types=pair.model_weights.types(layer),
-        )
-        return self._context
-
-    def _carry(self, entry: Point, arithmetics: Sequence[Arithmetic]) -> None:
-        """Leave the last layer, keeping what stands in for its output where that is missing."""
-        bridges: dict[tuple[Point, str], Reference] = {}
-        gap: tuple[Point, ...] | None = None
-        if arithmetics and entry not in self._values:
-            gap = (*self._gap(entry), entry)
-            for arithmetic in arithmetics:
-                with suppress(UnfitError):
-                    bridges[entry, arithmetic.name] = self._bridge(entry, arithmetic)
-        self._bridges = bridges
-        self._carried = None if gap is None else (entry, gap)
-
-    def _arithmetics_to_carry(self) -> list[Arithmetic]:
-        found = self.tally.explained_by()
-        return [EXACT, *found] if found else self.profile.arithmetics(["matmul"])
-
-    def reference(self, point: Point, arithmetic: Arithmetic = EXACT) -> Reference:
-        """Return the replay of a point in an arithmetic.
-
-        Raises:
-            UnfitError: the arithmetic's blocks do not fit the point's shapes.
-        """
-        inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
-        return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
-
-    def _input(self, point: Point, arithmetic: Arithmetic) -> Input:
-        if point in self._values:
-            return captured_input(self._values[point])
-        return replayed_input(self._bridge(point, arithmetic), arithmetic.tolerance.base)
-
-    def _bridge(self, point: Point, arithmetic: Arithmetic) -> Reference:
-        """Return what stands in for a point that was not captured."""
-        key = (point, arithmetic.name)
-        if self._carried and point == self._carried[0]:
-            return self._bridges.get(key) or self._bridges[point, EXACT.name]
-        if key not in self._bridges:
-            self._bridges[key] = self.reference(point, arithmetic.stored("float32"))
-        return self._bridges[key]
-
-    def bracket(self, point: Point) -> tuple[Point, ...]:
-        """Return the missing points that lie between this one and its captured ancestors."""
-        return tuple(sorted(self._gap(point), key=self._pair.graph.order))
-
-    def _gap(self, point: Point) -> set[Point]:
-        found: set[Point] = set()
-        for parent in self._pair.graph.parents(point):
-            if self._carried and parent == self._carried[0]:
-                found.update(self._carried[1])
-            elif parent not in self._values:
-                found |= {parent} | self._gap(parent)
-        return found
-
-    def parents_finite(self, point: Point, view_of: Callable[[Stage], View]) -> bool:
-        """Return whether everything that the point was computed from is finite."""
-        return all(
-            non_finite(self._input(p, EXACT).value, view_of(STAGES[p.stage])) == 0
-            for p in self._pair.graph.parents(point)
-        )
 
 
 @contextmanager
@@ -339,7 +238,9 @@ def _point_errors(
     )
 
 
-def _readings(point: Point, value: Tensor, replays: _Replay, view: View) -> tuple[Reading, ...]:
+def _readings(
+    point: Point, value: Tensor, replays: BridgedReplay, view: View
+) -> tuple[Reading, ...]:
     """Return the exact reading and, where that leaves an error, all that explain it."""
     bracket = replays.bracket(point)
     group = group_of(point, bracket)
@@ -369,7 +270,7 @@ def _readings(point: Point, value: Tensor, replays: _Replay, view: View) -> tupl
 
 
 def _reading(
-    point: Point, value: Tensor, replays: _Replay, view: View, arithmetic: Arithmetic
+    point: Point, value: Tensor, replays: BridgedReplay, view: View, arithmetic: Arithmetic
 ) -> Reading | None:
     try:
         reference = replays.reference(point, arithmetic)

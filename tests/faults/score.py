@@ -307,14 +307,14 @@ def broken_cases() -> Iterator[Case]:
 # --- the score ------------------------------------------------------------------------------------
 
 
-def quantised(folder: Path) -> dict[tuple[str, str], Path | None]:
-    """Quantise the fixtures to every type; the fixtures' own file is Q4_K_M."""
+def quantised(folder: Path, types: tuple[str, ...] = TYPES) -> dict[tuple[str, str], Path | None]:
+    """Quantise the fixtures to these types; the fixtures' own file is Q4_K_M."""
     sys.path.insert(0, str(FIXTURES))
     import make_fixtures
 
     files: dict[tuple[str, str], Path | None] = {}
     for family in FAMILIES:
-        for kind in TYPES:
+        for kind in types:
             path = folder / f"{family}-{kind.lower()}.gguf"
             files[family, kind] = None if kind == "Q4_K_M" else path
             if kind != "Q4_K_M":

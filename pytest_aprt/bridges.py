@@ -1,0 +1,131 @@
+"""Replays one side's captures, and bridges the stages that it does not expose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pytest_aprt.arithmetic import EXACT, Arithmetic, Profile
+from pytest_aprt.compare import View, non_finite
+from pytest_aprt.consensus import Tally
+from pytest_aprt.replay import (
+    Context,
+    Input,
+    Reference,
+    UnfitError,
+    captured_input,
+    replay,
+    replayed_input,
+)
+from pytest_aprt.stages import STAGES, Point, Stage
+
+if TYPE_CHECKING:
+    from pytest_aprt.capture import LayerStages
+    from pytest_aprt.oracle import Prelude
+    from pytest_aprt.pair import Pair
+
+
+class BridgedReplay:
+    """Replays one side's captures, and bridges stages that the side does not expose.
+
+    What stands in for a missing stage is computed in the same arithmetic as the stage that is
+    asked for. Where a layer's output is missing, it is carried into the next layer in every
+    arithmetic that has explained a point so far.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        tokens: tuple[int, ...],
+        prelude: Prelude,
+        profile: Profile,
+        tally: Tally,
+    ) -> None:
+        self._pair, self._tokens, self._prelude = pair, tokens, prelude
+        self.profile, self.tally = profile, tally
+        self._values: dict[Point, Tensor] = {}
+        self._bridges: dict[tuple[Point, str], Reference] = {}
+        self._carried: tuple[Point, tuple[Point, ...]] | None = None
+
+    def enter(self, captured: LayerStages) -> Context:
+        """Take in a layer's captured stages and return what its replay needs besides them."""
+        layer, pair = captured.layer, self._pair
+        entry = pair.graph.layer_input(layer)
+        values = {Point(layer, name): tensor for name, tensor in captured.stages.items()}
+        self._carry(entry, () if layer == 0 else self._arithmetics_to_carry())
+        if entry in self._values:
+            values[entry] = self._values[entry]
+        self._values = values
+        self._context = Context(
+            facts=pair.oracle_facts,
+            architecture=pair.architecture,
+            weights={} if layer is None else pair.model_weights.layer(layer),
+            call={} if layer is None else self._prelude.calls[layer],
+            source=pair.model_weights,
+            tokens=self._tokens,
+            types=pair.model_weights.types(layer),
+        )
+        return self._context
+
+    def _carry(self, entry: Point, arithmetics: Sequence[Arithmetic]) -> None:
+        """Leave the last layer, keeping what stands in for its output where that is missing."""
+        bridges: dict[tuple[Point, str], Reference] = {}
+        gap: tuple[Point, ...] | None = None
+        if arithmetics and entry not in self._values:
+            gap = (*self._gap(entry), entry)
+            for arithmetic in arithmetics:
+                with suppress(UnfitError):
+                    bridges[entry, arithmetic.name] = self._bridge(entry, arithmetic)
+        self._bridges = bridges
+        self._carried = None if gap is None else (entry, gap)
+
+    def _arithmetics_to_carry(self) -> list[Arithmetic]:
+        found = self.tally.explained_by()
+        return [EXACT, *found] if found else self.profile.arithmetics(["matmul"])
+
+    def reference(self, point: Point, arithmetic: Arithmetic = EXACT) -> Reference:
+        """Return the replay of a point in an arithmetic.
+
+        Raises:
+            UnfitError: the arithmetic's blocks do not fit the point's shapes.
+        """
+        inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
+        return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
+
+    def _input(self, point: Point, arithmetic: Arithmetic) -> Input:
+        if point in self._values:
+            return captured_input(self._values[point])
+        return replayed_input(self._bridge(point, arithmetic), arithmetic.tolerance.base)
+
+    def _bridge(self, point: Point, arithmetic: Arithmetic) -> Reference:
+        """Return what stands in for a point that was not captured."""
+        key = (point, arithmetic.name)
+        if self._carried and point == self._carried[0]:
+            return self._bridges.get(key) or self._bridges[point, EXACT.name]
+        if key not in self._bridges:
+            self._bridges[key] = self.reference(point, arithmetic.stored("float32"))
+        return self._bridges[key]
+
+    def bracket(self, point: Point) -> tuple[Point, ...]:
+        """Return the missing points that lie between this one and its captured ancestors."""
+        return tuple(sorted(self._gap(point), key=self._pair.graph.order))
+
+    def _gap(self, point: Point) -> set[Point]:
+        found: set[Point] = set()
+        for parent in self._pair.graph.parents(point):
+            if self._carried and parent == self._carried[0]:
+                found.update(self._carried[1])
+            elif parent not in self._values:
+                found |= {parent} | self._gap(parent)
+        return found
+
+    def parents_finite(self, point: Point, view_of: Callable[[Stage], View]) -> bool:
+        """Return whether everything that the point was computed from is finite."""
+        return all(
+            non_finite(self._input(p, EXACT).value, view_of(STAGES[p.stage])) == 0
+            for p in self._pair.graph.parents(point)
+        )
