@@ -301,3 +301,16 @@ def test_every_option_is_read(gguf):
 def test_settings_need_neither_numpy_nor_torch():
     source = Path(read_settings.__code__.co_filename).read_text(encoding="utf-8")
     assert not re.search(r"^\s*(?:import|from) (?:numpy|torch|pytest\b)", source, re.MULTILINE)
+
+
+# Prompt sets
+
+
+def test_prompt_sets(read):
+    s = read(aprt_prompt_set=["long", "short", "long"])
+    assert (s.prompt_sets, s.prompts, s.tokens) == (("long", "short"), (), ())
+    s = read(aprt_prompt_set=["short"], aprt_prompt=["mine"], aprt_tokens=["1,2"])
+    assert (s.prompt_sets, s.prompts, s.tokens) == (("short",), ("mine",), ((1, 2),))
+    assert "--aprt-prompt-set=tall is not valid: expected one of short, long" in refusal(
+        read, aprt_prompt_set=["tall"]
+    )
