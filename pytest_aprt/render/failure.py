@@ -78,7 +78,7 @@ def _neighbourhood(report: Report, point: PointJson) -> str:
         ]
         for p in points[start : here + _AFTER + 1]
     ]
-    head = ["  point", "status", "total cos", "weights cos", "engine cos", "local rel_l2"]
+    head = ["  point", "status", "total cos", "weights", "engine", "local"]
     return tabulate(rows, head, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
 
 
