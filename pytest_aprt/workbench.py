@@ -122,7 +122,7 @@ class Workbench:
         """On a worker: say what its tests ask for, before xdist tells the controller."""
         if self._folder is not None:
             place = self._folder / self.config.workerinput["workerid"]  # type: ignore[attr-defined]
-            place.write_text(need_of(session.items), encoding="utf-8")
+            place.write_text(self._need(session), encoding="utf-8")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -141,11 +141,14 @@ class Workbench:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         """Run the models before the tests, if one of them asks."""
+        if self._folder is None:
+            self._run_once(self._need(session))  # the controller of workers holds no items
+        return (yield)
+
+    def _need(self, session: pytest.Session) -> str:
         option = session.config.option
         broken = session.testsfailed and not option.continue_on_collection_errors
-        if self._folder is None and not option.collectonly and not broken:
-            self._run_once(need_of(session.items))  # the controller of workers holds no items
-        return (yield)
+        return NEEDS[0] if option.collectonly or broken else need_of(session.items)
 
     # -- the run -----------------------------------------------------------------------------------
 

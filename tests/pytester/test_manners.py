@@ -213,13 +213,16 @@ def test_progress_is_one_line_without_a_terminal(faulty):
     assert not [line for line in faulty("-q").outlines if " MB" in line]
 
 
-def test_a_broken_module_of_the_users_is_no_reason_to_run_models(faulty):
-    faulty.pytester.makepyfile(test_broken="import absent\n")
-    mine = faulty.pytester.makepyfile(test_mine="def test_mine(aprt_run):\n    pass\n")
-    broken = faulty("test_broken.py", mine)
-    assert broken.ret == 2
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "-n2"])
+def test_a_broken_module_of_the_users_is_no_reason_to_run_models(faulty, workers):
+    faulty.pytester.makepyfile(
+        test_broken="import absent\n", test_mine="def test_mine(aprt_run):\n    pass\n"
+    )
+    broken = faulty("test_broken.py", "test_mine.py", *workers)
+    assert broken.ret in (1, 2)
+    assert "passed" not in broken.parseoutcomes()
     assert faulty.runs() == 0
-    go_on = faulty("test_broken.py", mine, "--continue-on-collection-errors")
+    go_on = faulty("test_broken.py", "test_mine.py", "--continue-on-collection-errors", *workers)
     assert go_on.parseoutcomes() == {"errors": 1, "passed": 1}
     assert faulty.runs() == 1
 
