@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
@@ -57,8 +55,3 @@ def verdict_of(
 
 def origins_of(verdict: Verdict) -> list[str]:
     return [str(judged.point) for judged in verdict.origins]
-
-
-def summary(test: str, text: str) -> str:
-    """A line of pytest's short summary; before 9.0 it names the test alone."""
-    return f"FAILED {test} - {text}" if pytest.version_tuple >= (9,) else f"FAILED {test}"

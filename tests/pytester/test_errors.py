@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from harness import summary
+from short_summary import summary
 
 TWO = [[], ["-n2"]]
 

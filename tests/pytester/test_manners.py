@@ -10,7 +10,7 @@ import json
 import xml.etree.ElementTree as ET
 
 import pytest
-from harness import summary
+from short_summary import summary
 
 ALL = {"failed": 2, "passed": 93, "xfailed": 20}
 FAULT = "aprt::L01-ffn_silu"

@@ -7,7 +7,7 @@ import shutil
 import struct
 
 import pytest
-from harness import summary
+from short_summary import summary
 
 from pytest_aprt.sources.gguf import GgufFile
 
