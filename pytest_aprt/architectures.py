@@ -132,22 +132,30 @@ ARCHITECTURES: dict[str, Architecture] = {row.name: row for row in _ROWS}
 """Every architecture by the name that GGUF files give it."""
 
 
-def architecture_of(gguf_name: str, model_type: str) -> Architecture:
-    """Return the row that fits both the GGUF's architecture and the oracle's ``model_type``.
+def architecture_of(gguf_name: str | None, model_type: str | None) -> Architecture:
+    """Return the row that fits the GGUF's architecture and ``model_type``; None fits any.
 
     Raises:
         ArchitectureError: no such row, or the two sides are of different families.
     """
-    row = ARCHITECTURES.get(gguf_name)
-    if row is None:
+    if gguf_name is None:
+        for row in ARCHITECTURES.values():
+            if model_type in row.model_types:
+                return row
+        known = ", ".join(t for row in ARCHITECTURES.values() for t in row.model_types)
+        raise ArchitectureError(
+            f"config.json says model_type {model_type!r}, which is unknown: expected one of {known}"
+        )
+    found = ARCHITECTURES.get(gguf_name)
+    if found is None:
         known = ", ".join(ARCHITECTURES)
         raise ArchitectureError(
             f"model architecture {gguf_name!r} is unknown: expected one of {known}"
         )
-    if model_type not in row.model_types:
+    if model_type is not None and model_type not in found.model_types:
         raise ArchitectureError(
             f"model and oracle are of different families: the model is {gguf_name!r}, the "
             f"oracle's config.json says model_type {model_type!r}, expected "
-            f"{' or '.join(map(repr, row.model_types))}; give the oracle the model was made from"
+            f"{' or '.join(map(repr, found.model_types))}; give the oracle the model was made from"
         )
-    return row
+    return found

@@ -61,9 +61,7 @@ def open_headers(weights: str, oracle: str) -> Headers:
     gguf = GgufFile.open(weights)
     folder = HfFolder.open(oracle)
     architecture = architecture_of(gguf.architecture, str(folder.config.get("model_type")))
-    divisors = gguf.tensor(ROPE_DIVISORS).tolist() if ROPE_DIVISORS in gguf.tensors else ()
-    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture, divisors)
-    _require_tensors(gguf, architecture, facts)
+    facts = gguf_facts(gguf, architecture)
     return Headers(
         gguf=gguf,
         oracle=folder,
@@ -73,23 +71,44 @@ def open_headers(weights: str, oracle: str) -> Headers:
     )
 
 
+def gguf_facts(gguf: GgufFile, architecture: Architecture) -> Facts:
+    """Return what a GGUF's header says, checked to be a whole model.
+
+    Raises:
+        SourceError: a key or a tensor is missing or contradicts another.
+    """
+    divisors = gguf.tensor(ROPE_DIVISORS).tolist() if ROPE_DIVISORS in gguf.tensors else ()
+    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture, divisors)
+    _require_tensors(gguf, architecture, facts)
+    return facts
+
+
+def read_config(folder: HfFolder) -> Any:
+    """Return transformers' configuration of a model folder; imports transformers.
+
+    Raises:
+        SourceError: transformers does not accept config.json.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{folder.path}/config.json: transformers does not accept it ({error})"
+        ) from error
+
+
 def open_pair(headers: Headers) -> Pair:
     """Make a pair ready to run; imports torch and transformers.
 
     Raises:
         ArchitectureError: the two sides differ in a size, so that no stage could be compared.
     """
-    from transformers import AutoConfig
-
     from pytest_aprt.weights import GgufWeights, HfWeights
 
     gguf, folder, architecture = headers.gguf, headers.oracle, headers.architecture
-    try:
-        config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        raise SourceError(
-            f"{folder.path}/config.json: transformers does not accept it ({error})"
-        ) from error
+    config = read_config(folder)
     oracle_facts = Facts.from_config(config)
     for fact in FACTS.values():
         a, b = getattr(headers.model_facts, fact.field), getattr(oracle_facts, fact.field)

@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pytest_aprt import report
@@ -106,7 +107,7 @@ def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
     texts = [Cut(text) for text in settings.prompts]
     texts += [cut for name in settings.prompt_sets for cut in PROMPT_SETS[name]]
     if texts:
-        tokenizer = _tokenizer(pair)
+        tokenizer = tokenizer_of(pair.oracle.path)
         prompts += [_tokenised(tokenizer, cut) for cut in texts]
     for prompt in prompts:
         if not prompt.tokens:
@@ -128,15 +129,20 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
     return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
 
 
-def _tokenizer(pair: Pair) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of a Hugging Face folder.
+
+    Raises:
+        SourceError: it has none that transformers can load.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(pair.oracle.path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise SourceError(
-            f"{pair.oracle.path}: the oracle has no tokenizer that transformers can load "
-            f"({str(error).splitlines()[0]}); give token ids with --aprt-tokens instead"
+            f"{folder}: it has no tokenizer that transformers can load "
+            f"({str(error).splitlines()[0]}); give token ids instead"
         ) from error
 
 

@@ -53,7 +53,7 @@ class Settings:
         Raises:
             SettingsError: the selection is empty or names a layer that the model lacks.
         """
-        layers = _layers(self.layers, graph.n_layers)
+        layers = layers_named("--aprt-layers", self.layers, graph.n_layers)
         chosen = [
             p
             for p in graph.points
@@ -96,7 +96,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
     prompts, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
     sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
     default = get("aprt_min_cosine")
-    cosine = DEFAULT_COSINE if default is None else _cosine("--aprt-min-cosine", default)
+    cosine = DEFAULT_COSINE if default is None else cosine_named("--aprt-min-cosine", default)
     source = "default" if default is None else "--aprt-min-cosine"
     report = get("aprt_report")
     return Settings(
@@ -107,7 +107,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
         prompts=prompts or (() if tokens or sets else (DEFAULT_PROMPT,)),
         prompt_sets=tuple(_one_of("--aprt-prompt-set", name, PROMPT_SET_NAMES) for name in sets),
-        tokens=tuple(_ids(text) for text in tokens),
+        tokens=tuple(token_ids("--aprt-tokens", text) for text in tokens),
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
         layers=get("aprt_layers") or "all",
         thresholds=_thresholds(cosine, source, get("aprt_threshold") or ()),
@@ -142,7 +142,12 @@ def _one_of(flag: str, value: str, valid: Sequence[str]) -> str:
     return value
 
 
-def _cosine(flag: str, text: str) -> float:
+def cosine_named(flag: str, text: str) -> float:
+    """Return the cosine that ``text`` says.
+
+    Raises:
+        SettingsError: it is no number from -1 to 1; ``flag`` is named.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -163,22 +168,29 @@ def _thresholds(
                 f"--aprt-threshold={text} is not valid: expected STAGE=COS, such as lm_head=0.99"
             )
         flag = f"--aprt-threshold={name.strip()}"
-        thresholds[stage_named(name).name] = (_cosine(flag, value), flag)
+        thresholds[stage_named(name).name] = (cosine_named(flag, value), flag)
     return thresholds
 
 
-def _ids(text: str) -> tuple[int, ...]:
+def token_ids(flag: str, text: str) -> tuple[int, ...]:
+    """Return the token ids that ``text`` lists.
+
+    Raises:
+        SettingsError: it is no list of ids; ``flag`` is named.
+    """
     if not re.fullmatch(r"\s*\d+(\s*[,\s]\s*\d+)*\s*", text):
-        raise SettingsError(
-            f"--aprt-tokens={text} is not valid: expected token ids such as 3838,374,220"
-        )
+        raise SettingsError(f"{flag}={text} is not valid: expected token ids such as 3838,374,220")
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def _layers(text: str, count: int) -> range | set[int]:
-    """Return the layers that a selection names; ``A..B`` excludes B, as ``apr trace`` does."""
+def layers_named(flag: str, text: str, count: int) -> range | set[int]:
+    """Return the layers that a selection names; ``A..B`` excludes B, as ``apr trace`` does.
+
+    Raises:
+        SettingsError: it is no selection among ``count`` layers; ``flag`` is named.
+    """
     wrong = SettingsError(
-        f"--aprt-layers={text} is not valid: expected all, A..B with 0 <= A < B <= {count}, or "
+        f"{flag}={text} is not valid: expected all, A..B with 0 <= A < B <= {count}, or "
         f"numbers below {count} such as 0,{count - 1}"
     )
     text = text.strip().lower()

@@ -31,6 +31,9 @@ WHOLE_MODEL = 0xFFFFFFFF
 """The header's layer of a stage that belongs to no layer."""
 
 MANIFEST = "manifest.json"
+INCOMPLETE = "INCOMPLETE"
+"""A file that stands in a folder of ours as long as it is being written."""
+
 SCHEMA = "aprt-dump-v1"
 
 _HEADER = struct.Struct("<4sII")  # magic, layer, count
@@ -122,6 +125,22 @@ class DumpFolder:
         """Return the stages of a layer (None: of the whole model), in computation order."""
         return [name for name in STAGES if (layer, name) in self._files]
 
+    def file(self, layer: int | None, stage: str) -> Path:
+        """Return the file of one stage; raises as ``read`` where it is not here."""
+        name = stage_named(stage).name
+        path = self._files.get((layer, name))
+        if path is None:
+            where = "the whole model" if layer is None else f"layer {layer}"
+            there = ", ".join(self.stages(layer)) or "none"
+            raise SourceError(
+                f"{one_line(self.path)}: no {name} of {where}: its stages here are: {there}"
+            )
+        return path
+
+    def header(self, layer: int | None, stage: str) -> tuple[int, int]:
+        """Return what the header of one stage says: layer and element count; raises as ``read``."""
+        return read_header(self.file(layer, stage))
+
     def read(self, layer: int | None, stage: str) -> NDArray[np.float32]:
         """Return the elements of one stage: (count,) float32.
 
@@ -134,14 +153,7 @@ class DumpFolder:
                 changed since the manifest was written.
             SettingsError: no stage has this name.
         """
-        name = stage_named(stage).name
-        path = self._files.get((layer, name))
-        if path is None:
-            where = "the whole model" if layer is None else f"layer {layer}"
-            there = ", ".join(self.stages(layer)) or "none"
-            raise SourceError(
-                f"{one_line(self.path)}: no {name} of {where}: its stages here are: {there}"
-            )
+        path = self.file(layer, stage)
         data = _checked(path, WHOLE_MODEL if layer is None else layer)
         if self.manifest is not None:
             _check_unchanged(
@@ -302,7 +314,12 @@ def _tensor_paths(folder: Path) -> list[str]:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest, None if there is none; its files are those in the folder."""
     path = folder / MANIFEST
-    if not path.exists() and not path.is_symlink():
+    if os.path.lexists(folder / INCOMPLETE):
+        raise SourceError(
+            f"{one_line(folder)}: expected a complete dump, found {INCOMPLETE}: its writer is "
+            f"still at work or was stopped, dump it anew"
+        )
+    if not os.path.lexists(path):
         return None
     manifest = json_object(path)
     problem = _manifest_problem(manifest)

@@ -1,0 +1,1 @@
+"""The ``aprt`` command: one module a subcommand, one row each in ``COMMANDS``."""
