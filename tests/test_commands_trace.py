@@ -39,7 +39,7 @@ def digest(folder):
 def test_saves_what_the_engine_yields(tmp_path, capsys, model):
     assert trace(model, "--save-tensor-dir", tmp_path / "d", "--tokens", IDS) == 0
     out = capsys.readouterr()
-    assert out.out == f"{tmp_path / 'd'}: 71 tensors of 5 places, 4 tokens\n"
+    assert out.out == f"{tmp_path / 'd'}: 71 tensors, 4 tokens\n"
     assert "final norm and head (5/5)" in out.err
     folder = DumpFolder.open(tmp_path / "d")
     pair = fixture_pair()

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             for stage in wanted.get(captured.layer, ()):
                 writer.write(captured.layer, stage, captured.stages[stage].numpy())
                 count += 1
-    print(f"{folder}: {count} tensors of {len(wanted)} places, {len(tokens)} tokens")
+    print(f"{folder}: {count} tensors, {len(tokens)} tokens")
     return 0
 
 
