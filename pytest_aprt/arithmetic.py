@@ -53,33 +53,28 @@ STORAGE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How one stage is computed.
+    """How stages are computed: the roundings of products' operands, and what results are kept in.
 
-    ``first`` and ``second`` are the roundings of a product's two operands (of a projection: its
-    inputs and its weights; of scores and of the mix: Q or the probabilities, and the cached K or
-    V), by their names in ``rounding``. ``first`` may be ``ggml``: whatever llama.cpp's CPU kernels
-    do for the weight's type. ``storage`` is the dtype in which the result is kept.
+    ``inputs`` and ``weights`` are the operands of a projection, ``queries`` (Q, or the
+    probabilities) and ``cache`` (K, or V) those of attention; each is a name in ``rounding``.
+    ``inputs`` may be ``ggml``: whatever llama.cpp's CPU kernels do for the weight's type.
     """
 
     name: str
-    first: str = "none"
-    second: str = "none"
+    inputs: str = "none"
+    weights: str = "none"
+    queries: str = "none"
+    cache: str = "none"
     storage: str = "float32"
-    note: str = ""
 
     @property
     def tolerance(self) -> Tolerance:
         """What local error the arithmetic leaves once the replay has emulated it."""
         tolerance = STORAGE[self.storage]
-        if "q8_1" in (self.first, self.second):
+        if self.inputs == "q8_1":
             # The sum of a block's inputs, kept in float16, meets the minimum of a block of weights.
             return replace(tolerance, base=max(tolerance.base, 1e-3))
         return tolerance
-
-    @property
-    def rounds_to_blocks(self) -> bool:
-        """Whether an operand is rounded to 8-bit blocks."""
-        return any(name == "ggml" or name.startswith("q8") for name in (self.first, self.second))
 
     def stored(self, storage: str) -> Arithmetic:
         """Return the same with its result kept in another dtype."""
@@ -88,40 +83,41 @@ class Arithmetic:
         name = storage if self.name == "float32" else f"{self.name}, stored as {storage}"
         return replace(self, name=name, storage=storage)
 
+    def __add__(self, other: Arithmetic) -> Arithmetic:
+        """Return this one for projections and the other for attention."""
+        name = f"{self.name} and {other.name}"
+        return replace(self, name=name, queries=other.queries, cache=other.cache)
+
 
 EXACT = Arithmetic(name="float32")
 
-_MATMUL = {
-    row.name: row
-    for row in (
-        EXACT,
-        Arithmetic(name="q8", first="ggml", note="inputs as llama.cpp's CPU kernels round them"),
-        Arithmetic(name="q8_k", first="q8_k", note="inputs in blocks of 256 int8, scale float32"),
-        Arithmetic(name="q8_0", first="q8_0", note="inputs in blocks of 32 int8, scale float16"),
-        Arithmetic(name="q8_1", first="q8_1", note="the same with the block's sum in float16"),
-        Arithmetic(name="float16 operands", first="float16", second="float16"),
-        Arithmetic(name="float16 inputs", first="float16"),
-        Arithmetic(name="bfloat16 operands", first="bfloat16", second="bfloat16"),
-        Arithmetic(name="bfloat16 inputs", first="bfloat16"),
-        Arithmetic(name="tf32", first="tf32", second="tf32"),
-        Arithmetic(name="truncated tf32", first="tf32_cut", second="tf32_cut"),
-    )
-}
-_ATTENTION = {
-    row.name: row
-    for row in (
-        EXACT,
-        Arithmetic(name="float16 operands", first="float16", second="float16"),
-        Arithmetic(name="float16 cache", second="float16"),
-        Arithmetic(name="bfloat16 operands", first="bfloat16", second="bfloat16"),
-        Arithmetic(name="bfloat16 cache", second="bfloat16"),
-        Arithmetic(name="q8_0 cache", second="q8_0"),
-        Arithmetic(name="q8_0 operands", first="q8_0", second="q8_0"),
-        _MATMUL["tf32"],
-        _MATMUL["truncated tf32"],
-    )
-}
-_ROUNDS_OPERANDS = {"matmul": _MATMUL, "scores": _ATTENTION, "mix": _ATTENTION}
+
+def _named(*rows: Arithmetic) -> dict[str, Arithmetic]:
+    return {row.name: row for row in rows}
+
+
+_PROJECTIONS = _named(
+    Arithmetic(name="q8", inputs="ggml"),
+    Arithmetic(name="q8_k", inputs="q8_k"),
+    Arithmetic(name="q8_0", inputs="q8_0"),
+    Arithmetic(name="q8_1", inputs="q8_1"),
+    Arithmetic(name="float16 operands", inputs="float16", weights="float16"),
+    Arithmetic(name="float16 inputs", inputs="float16"),
+    Arithmetic(name="bfloat16 operands", inputs="bfloat16", weights="bfloat16"),
+    Arithmetic(name="bfloat16 inputs", inputs="bfloat16"),
+    Arithmetic(name="tf32", inputs="tf32", weights="tf32"),
+    Arithmetic(name="truncated tf32", inputs="tf32_cut", weights="tf32_cut"),
+)
+_ATTENTION = _named(
+    Arithmetic(name="float16 attention", queries="float16", cache="float16"),
+    Arithmetic(name="float16 cache", cache="float16"),
+    Arithmetic(name="bfloat16 attention", queries="bfloat16", cache="bfloat16"),
+    Arithmetic(name="bfloat16 cache", cache="bfloat16"),
+    Arithmetic(name="q8_0 attention", queries="q8_0", cache="q8_0"),
+    Arithmetic(name="q8_0 cache", cache="q8_0"),
+    Arithmetic(name="tf32 attention", queries="tf32", cache="tf32"),
+    Arithmetic(name="truncated tf32 attention", queries="tf32_cut", cache="tf32_cut"),
+)
 
 GGML_INPUTS = {
     # weight type: what llama.cpp's CPU kernels round a matmul's inputs to (vec_dot_type)
@@ -138,52 +134,54 @@ GGML_INPUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What an engine may do: names of arithmetics for products, and dtypes of activations.
-
-    ``products`` are for projections, ``attention`` for scores and the mix of values.
-    """
+    """What an engine may do: arithmetics of projections and of attention, dtypes of activations."""
 
     name: str
-    products: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
-    storage: tuple[str, ...] = ("float32",)
+    storage: tuple[str, ...] = ()
 
     def arithmetics(self, kinds: Iterable[str]) -> list[Arithmetic]:
         """Return what may have computed a result that stages of these kinds lie behind.
 
         The exact one comes first: an engine may always be more precise than it says.
         """
-        named: dict[str, Arithmetic] = {EXACT.name: EXACT}
-        for kind in kinds:
-            table = _ROUNDS_OPERANDS.get(kind, {})
-            names = self.products if kind == "matmul" else self.attention
-            named |= {name: table[name] for name in names if name in table}
-        return [a.stored(s) for s in ("float32", *self.storage[1:]) for a in named.values()]
+        of_kind = {"matmul": "projections", "scores": "attention", "mix": "attention"}
+        found = {of_kind[kind] for kind in kinds if kind in of_kind}
+        projections = [_PROJECTIONS[n] for n in self.projections if "projections" in found]
+        attention = [_ATTENTION[n] for n in self.attention if "attention" in found]
+        both = [p + a for p in projections for a in attention if (p.name, a.name) in _MIXED]
+        own = [EXACT, *projections, *attention, *both]
+        return [a.stored(s) for s in ("float32", *self.storage) for a in own]
 
 
-_HALF_CACHES = {
+_EIGHT_BIT = ("q8", "q8_k", "q8_0", "q8_1")
+_CACHES = {
     "float32": (),
-    "float16": ("float16 operands", "float16 cache"),
-    "bfloat16": ("bfloat16 operands", "bfloat16 cache"),
-    "q8_0": ("q8_0 cache", "q8_0 operands"),
+    "float16": ("float16 attention", "float16 cache"),
+    "bfloat16": ("bfloat16 attention", "bfloat16 cache"),
+    "q8_0": ("q8_0 attention", "q8_0 cache"),
 }
 _TF32 = ("tf32", "truncated tf32")
+_MIXED = {
+    # met together where the stages between them are missing
+    *((p, a) for p in _EIGHT_BIT for cache in ("float16", "q8_0") for a in _CACHES[cache]),
+    *((name, f"{name} attention") for name in _TF32),
+    *((f"{name} operands", f"{name} attention") for name in ("float16", "bfloat16")),
+}
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile(name="auto", products=tuple(_MATMUL), attention=tuple(_ATTENTION),
-                storage=tuple(STORAGE)),
+        Profile(name="auto", projections=tuple(_PROJECTIONS), attention=tuple(_ATTENTION),
+                storage=("bfloat16", "float16")),
         Profile(name="float32"),
-        Profile(name="float16", attention=_HALF_CACHES["float16"],
-                products=("float16 operands", "float16 inputs"), storage=("float32", "float16")),
-        Profile(name="bfloat16", attention=_HALF_CACHES["bfloat16"],
-                products=("bfloat16 operands", "bfloat16 inputs"), storage=("float32", "bfloat16")),
-        Profile(name="tf32", products=_TF32, attention=_TF32),
-        Profile(name="q8", products=("q8",)),
-        Profile(name="q8_k", products=("q8_k",)),
-        Profile(name="q8_0", products=("q8_0",)),
-        Profile(name="q8_1", products=("q8_1",)),
+        Profile(name="float16", attention=_CACHES["float16"], storage=("float16",),
+                projections=("float16 operands", "float16 inputs")),
+        Profile(name="bfloat16", attention=_CACHES["bfloat16"], storage=("bfloat16",),
+                projections=("bfloat16 operands", "bfloat16 inputs")),
+        Profile(name="tf32", projections=_TF32, attention=tuple(f"{n} attention" for n in _TF32)),
+        *(Profile(name=name, projections=(name,)) for name in _EIGHT_BIT),
     )
 }  # fmt: skip
 """Profiles by the name that ``--aprt-arithmetic`` and engines give."""
@@ -203,12 +201,12 @@ def profile_named(text: str) -> Profile:
     for part in parts:
         key, _, value = part.partition("=")
         if key == "storage" and value in STORAGE:
-            profile = replace(profile, storage=tuple(dict.fromkeys(("float32", value))))
-        elif key == "cache" and value in _HALF_CACHES:
-            profile = replace(profile, attention=_HALF_CACHES[value])
+            profile = replace(profile, storage=() if value == "float32" else (value,))
+        elif key == "cache" and value in _CACHES:
+            profile = replace(profile, attention=_CACHES[value])
         else:
             raise SettingsError(
                 wrong + f"storage= one of {', '.join(STORAGE)}, or cache= one of "
-                f"{', '.join(_HALF_CACHES)}, after the profile's name"
+                f"{', '.join(_CACHES)}, after the profile's name"
             )
     return profile

@@ -108,8 +108,15 @@ def non_finite(tensor: Tensor, view: View) -> int:
     return int((~torch.isfinite(values) & view.counted(values.shape)).sum())
 
 
-def measure(a: Tensor, b: Tensor, view: View) -> Metrics:
-    """Return the metrics of two tensors of one stage; rows with non-finite values are left out."""
+def measure(a: Tensor, b: Tensor, view: View, top: int = 1) -> Metrics:
+    """Return the metrics of two tensors of one stage; rows with non-finite values are left out.
+
+    Args:
+        a: the tensor that is judged.
+        b: what it is compared with, of the same shape.
+        view: how to look at both.
+        top: how many of the largest differences to keep; the first gives ``max_abs``.
+    """
     x, y = view(a), view(b)
     counted = view.counted(x.shape)
     bad_x, bad_y = ~torch.isfinite(x) & counted, ~torch.isfinite(y) & counted
@@ -119,15 +126,15 @@ def measure(a: Tensor, b: Tensor, view: View) -> Metrics:
     xx, yy, xy, dd = (float(v) for v in (x.square().sum(), y.square().sum(), (x * y).sum(),
                                           d.square().sum()))  # fmt: skip
     compared = int(used.sum())
-    top = _top(x, y, d, view.stage) if compared else ()
+    largest = _top(x, y, d, view.stage, top) if compared else ()
     nan = math.nan
     return Metrics(
         cosine=xy / math.sqrt(xx * yy) if xx and yy else nan,
         rel_l2=_ratio(math.sqrt(dd), math.sqrt(yy)) if compared else nan,
         slope=xy / yy if yy else nan,
         norm_ratio=math.sqrt(xx / yy) if yy else nan,
-        max_abs=abs(top[0].a - top[0].b) if top else nan,
-        max_abs_at=top[0].at if top else {},
+        max_abs=abs(largest[0].a - largest[0].b) if largest else nan,
+        max_abs_at=largest[0].at if largest else {},
         rms=math.sqrt(dd / compared) if compared else nan,
         sqnr_db=10 * math.log10(yy / dd)
         if dd and yy
@@ -136,7 +143,7 @@ def measure(a: Tensor, b: Tensor, view: View) -> Metrics:
         non_finite_b=int(bad_y.sum()),
         worst_token=_worst_token(d, y, view.stage) if compared else None,
         compared=compared,
-        top_diffs=top,
+        top_diffs=largest,
     )
 
 
@@ -236,8 +243,8 @@ def _worst_token(d: Tensor, y: Tensor, stage: Stage) -> tuple[int, float] | None
     return index, float(ratio[index])
 
 
-def _top(x: Tensor, y: Tensor, d: Tensor, stage: Stage) -> tuple[Difference, ...]:
-    values, flat = d.flatten().topk(min(TOP_DIFFS, d.numel()))
+def _top(x: Tensor, y: Tensor, d: Tensor, stage: Stage, count: int) -> tuple[Difference, ...]:
+    values, flat = d.flatten().topk(min(count, d.numel()))
     places = torch.unravel_index(flat, d.shape)
     return tuple(
         Difference(

@@ -17,7 +17,7 @@ from pytest_aprt import selftest
 from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
-from pytest_aprt.compare import Metrics, Slice, View, judge, measure
+from pytest_aprt.compare import TOP_DIFFS, Metrics, Slice, View, judge, measure
 from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.oracle import Prelude, TransformersRunner
@@ -263,7 +263,7 @@ def _readings(
         if arithmetic.storage in ("float32", dtype)
         and (reading := _reading(point, value, replays, view, arithmetic)) is not None
         and reading.explains
-        and _is_far_better(reading, first)
+        and _is_far_better(reading, first, across=bool(bracket))
     ]
     replays.tally.add(group, found)
     return first, *found
@@ -278,13 +278,17 @@ def _reading(
         return None
     return Reading(
         arithmetic=arithmetic,
-        local=measure(value, reference.value, view),
+        local=measure(value, reference.value, view, TOP_DIFFS),
         worst=judge(value, reference, view, arithmetic.tolerance),
     )
 
 
-def _is_far_better(reading: Reading, exact: Reading) -> bool:
-    """Rounding that is emulated leaves a tenth of the error at most; a dtype shows in the bits."""
+def _is_far_better(reading: Reading, exact: Reading, *, across: bool) -> bool:
+    """Rounding that is emulated leaves a tenth of the error at most; a dtype shows in the bits.
+
+    Across missing stages the inputs of a rounding are known to a few ulps only, and a block that
+    goes the other way leaves more.
+    """
     if reading.arithmetic.storage != "float32":
         return True
-    return 10 * reading.local.rel_l2 <= exact.local.rel_l2
+    return (2 if across else 10) * reading.local.rel_l2 <= exact.local.rel_l2

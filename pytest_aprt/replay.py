@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,31 +34,40 @@ PROBES = 8
 single token's channel may look insensitive by chance (chi-squared, 8 degrees of freedom)."""
 
 
-REPLAYED_ULPS = 168.0
-"""How far an input may be off that was itself replayed: the tolerance of float32, in ulps."""
+DOUBT_SIGMAS = 3.0
+"""Doubtful roundings go either way independently, so their effects are added in quadrature; this
+many times that is allowed. tests/faults/score.py bridges whole layers of 8-bit engines."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A parent's value, float64, and how far each element moves in a probe of the response."""
+    """A parent's value, float64, how far each element moves in a probe, and how far it may be off.
+
+    ``off`` is None where the value was captured.
+    """
 
     value: Tensor
     move: Tensor
-    captured: bool
+    off: Tensor | None = None
+
+    def part(self, change: Callable[[Tensor], Tensor]) -> Input:
+        """Return a part of it, or the same in another layout."""
+        off = None if self.off is None else change(self.off)
+        return Input(change(self.value), change(self.move), off)
 
 
 def captured_input(value: Tensor) -> Input:
     """Return an input that was captured: it moves by one ulp."""
     value = value.double()
-    return Input(value, value.abs() * FLOAT32_ULP, captured=True)
+    return Input(value, value.abs() * FLOAT32_ULP)
 
 
 def replayed_input(reference: Reference, tolerance: float) -> Input:
     """Return an input that was itself replayed: it moves by its rounding and by its response."""
     move = torch.hypot(reference.value.abs() * FLOAT32_ULP, reference.response)
     if reference.doubt is not None:
-        move = move + reference.doubt * (FLOAT32_ULP / tolerance)
-    return Input(reference.value, move, captured=False)
+        move = torch.hypot(move, reference.doubt * (FLOAT32_ULP / tolerance))
+    return Input(reference.value, move, move * (tolerance / FLOAT32_ULP))
 
 
 @dataclass(frozen=True)
@@ -91,21 +100,22 @@ class Context:
     tokens: tuple[int, ...]
     types: Mapping[str, str]
     arithmetic: Arithmetic = EXACT
-    edge_ulps: float = 0.0
 
-    def first(self, x: Tensor, type_of_second: str = "") -> Rounded:
-        """Round a product's first operand; raises UnfitError where its format does not fit."""
-        name = self.arithmetic.first
+    def rounded(self, operand: str, x: Input, weight_type: str = "") -> Rounded:
+        """Round an operand as the arithmetic does.
+
+        Args:
+            operand: a field of Arithmetic, such as ``inputs``.
+            x: the operand.
+            weight_type: GGUF type of the weight that it meets.
+
+        Raises:
+            UnfitError: the rounding's blocks do not fit the shape.
+        """
+        name = getattr(self.arithmetic, operand)
         if name == "ggml":
-            name = GGML_INPUTS.get(type_of_second, "none")
-        return self._rounded(name, x)
-
-    def second(self, x: Tensor) -> Rounded:
-        """Round a product's second operand."""
-        return self._rounded(self.arithmetic.second, x)
-
-    def _rounded(self, name: str, x: Tensor) -> Rounded:
-        rounded = ROUNDINGS[name](x.float(), self.edge_ulps)
+            name = GGML_INPUTS.get(weight_type, "none")
+        rounded = ROUNDINGS[name](x.value.float(), None if x.off is None else x.off.float())
         if rounded is None:
             raise UnfitError(name)
         return rounded
@@ -116,7 +126,6 @@ class UnfitError(Exception):
 
 
 Inputs = list[Tensor]
-_Moves = list[Tensor]
 _Function = Callable[[Context, Inputs], Tensor]
 
 
@@ -131,11 +140,9 @@ def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     Raises:
         UnfitError: the arithmetic's blocks do not fit the inputs' shapes.
     """
-    last = slice(-1, None) if STAGES[stage].last_token else slice(None)
-    values, moves = [i.value[last] for i in inputs], [i.move[last] for i in inputs]
-    if not all(i.captured for i in inputs):
-        context = replace(context, edge_ulps=REPLAYED_ULPS)
-    reference = _replay(stage, context, values, moves)
+    if STAGES[stage].last_token:
+        inputs = [i.part(lambda x: x[-1:]) for i in inputs]
+    reference = _replay(stage, context, inputs)
     if STAGES[stage].last_token:
         doubt = None if reference.doubt is None else reference.doubt[0]
         reference = Reference(reference.value[0], reference.response[0], doubt)
@@ -143,19 +150,19 @@ def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     return Reference(kept, reference.response, reference.doubt)
 
 
-def _replay(stage: str, context: Context, inputs: Inputs, moves: _Moves) -> Reference:
+def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     if stage in _LINEAR:
-        return _linear(_LINEAR[stage], context, inputs[0], moves[0])
-    reference = _responsive(stage, context, inputs, moves)
-    if stage not in _PRODUCTS or (context.arithmetic.first, context.arithmetic.second) == (
-        "none", "none",
-    ):  # fmt: skip
+        return _linear(_LINEAR[stage], context, inputs[0])
+    values, moves = [i.value for i in inputs], [i.move for i in inputs]
+    reference = _responsive(stage, context, values, moves)
+    rounds = (context.arithmetic.queries, context.arithmetic.cache) != ("none", "none")
+    if stage not in _PRODUCTS or not rounds:
         return reference
     value, doubt = _PRODUCTS[stage](context, inputs)
     return Reference(value, reference.response, doubt)
 
 
-def _responsive(stage: str, context: Context, inputs: Inputs, moves: _Moves) -> Reference:
+def _responsive(stage: str, context: Context, inputs: Inputs, moves: Inputs) -> Reference:
     function = _FUNCTIONS[stage]
     value = function(context, inputs)
     if not inputs:
@@ -174,21 +181,21 @@ def _responsive(stage: str, context: Context, inputs: Inputs, moves: _Moves) -> 
     return Reference(value, (square / probes).sqrt())
 
 
-def _linear(tensors: tuple[str, ...], context: Context, x: Tensor, move: Tensor) -> Reference:
+def _linear(tensors: tuple[str, ...], context: Context, x: Input) -> Reference:
     """Weights pass through the cache once: values and probes are stacked along the tokens."""
-    probes, tokens = _probes(x), x.shape[0]
-    ulps = move / FLOAT32_ULP  # keeps the products far from the smallest float32
-    moving = torch.cat([ulps * _signs(x, seed=i) for i in range(probes)]).float()
+    probes, tokens = _probes(x.value), x.value.shape[0]
+    ulps = x.move / FLOAT32_ULP  # keeps the products far from the smallest float32
+    moving = torch.cat([ulps * _signs(ulps, seed=i) for i in range(probes)]).float()
     values, responses, doubts = [], [], []
     for name in tensors:
-        first = context.first(x, context.types.get(name, ""))
-        stacked = torch.cat([first.value, moving])
+        inputs = context.rounded("inputs", x, context.types.get(name, ""))
+        stacked = torch.cat([inputs.value, moving])
         for weight in _weight_chunks(context, name):
-            second = context.second(weight).value
-            value, *moved = (stacked @ second.T).double().split(tokens)
+            operand = context.rounded("weights", captured_input(weight)).value
+            value, *moved = (stacked @ operand.T).double().split(tokens)
             values.append(value)
             responses.append(torch.stack(moved).square().mean(0).sqrt() * FLOAT32_ULP)
-            doubts.append(_doubt(first, second))
+            doubts.append(_doubt(inputs, operand))
     doubt = None
     if any(d is not None for d in doubts):
         pairs = zip(doubts, values, strict=True)
@@ -204,14 +211,15 @@ def _weight_chunks(context: Context, name: str) -> Iterator[Tensor]:
         yield context.source.rows(HEAD, rows)
 
 
-def _doubt(first: Rounded, second: Tensor) -> Tensor | None:
-    """Return how far a product may be off: the doubtful inputs, each with its weight's size."""
-    if first.doubt is None:
+def _doubt(inputs: Rounded, weight: Tensor) -> Tensor | None:
+    """Return how far a product may be off because of doubtful inputs."""
+    if inputs.doubt is None:
         return None
-    columns = first.doubt.any(0).nonzero()[:, 0]
+    columns = inputs.doubt.any(0).nonzero()[:, 0]
     if not len(columns):
         return None
-    return (first.doubt[:, columns] @ second[:, columns].abs().T).double()
+    squares = inputs.doubt[:, columns].square() @ weight[:, columns].square().T
+    return DOUBT_SIGMAS * squares.sqrt().double()
 
 
 def _probes(x: Tensor) -> int:
@@ -302,10 +310,10 @@ def _scores(c: Context, inputs: Inputs) -> Tensor:
     return q @ _shared(c, k).transpose(1, 2) / math.sqrt(c.facts.head_dim)  # (n, T, T)
 
 
-def _rounded_scores(c: Context, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    q, k = c.first(_by_head(c, inputs[0])), c.second(_by_head(c, inputs[1]))
-    k = k.rearranged(lambda x: _shared(c, x))
-    return _rounded_product(q, k, math.sqrt(c.facts.head_dim))
+def _rounded_scores(c: Context, inputs: Sequence[Input]) -> tuple[Tensor, Tensor]:
+    q, k = (i.part(lambda x: _by_head(c, x)) for i in inputs)
+    keys = c.rounded("cache", k).rearranged(lambda x: _shared(c, x))
+    return _rounded_product(c.rounded("queries", q), keys, math.sqrt(c.facts.head_dim))
 
 
 def _by_head(c: Context, x: Tensor) -> Tensor:
@@ -320,12 +328,12 @@ def _shared(c: Context, x: Tensor) -> Tensor:
 def _rounded_product(a: Rounded, b: Rounded, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return ``a @ b.T / scale`` of (heads, T, X) operands, and how far it may be off."""
     x, y = a.value.double(), b.value.double()
-    doubt = torch.zeros(*x.shape[:2], y.shape[1], dtype=torch.float64)
+    squares = torch.zeros(*x.shape[:2], y.shape[1], dtype=torch.float64)
     if a.doubt is not None:
-        doubt += a.doubt.double() @ y.abs().transpose(1, 2)
+        squares += a.doubt.double().square() @ y.square().transpose(1, 2)
     if b.doubt is not None:
-        doubt += x.abs() @ b.doubt.double().transpose(1, 2)
-    return x @ y.transpose(1, 2) / scale, doubt / scale
+        squares += x.square() @ b.doubt.double().square().transpose(1, 2)
+    return x @ y.transpose(1, 2) / scale, DOUBT_SIGMAS * squares.sqrt() / scale
 
 
 def visible(c: Context) -> Tensor:
@@ -348,11 +356,12 @@ def _attention(c: Context, inputs: Inputs) -> Tensor:
     return (probabilities @ v).transpose(0, 1).flatten(1)  # (T, nD)
 
 
-def _rounded_attention(c: Context, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    p, v = c.first(inputs[0]), c.second(_heads(c, inputs[1], 2).transpose(0, 1))
+def _rounded_attention(c: Context, inputs: Sequence[Input]) -> tuple[Tensor, Tensor]:
+    probabilities, qkv = inputs
+    v = c.rounded("cache", qkv.part(lambda x: _heads(c, x, 2).transpose(0, 1)))
     # Cached values are rounded along their channels, and multiplied along the keys.
     v = v.rearranged(lambda x: _shared(c, x).transpose(1, 2))
-    value, doubt = _rounded_product(p, v)
+    value, doubt = _rounded_product(c.rounded("queries", probabilities), v)
     return value.transpose(0, 1).flatten(1), doubt.transpose(0, 1).flatten(1)
 
 

@@ -33,33 +33,32 @@ class Rounded(NamedTuple):
         return Rounded(change(self.value), None if self.doubt is None else change(self.doubt))
 
 
-Rounding = Callable[[Tensor, float], "Rounded | None"]
-"""Takes float32 values and the relative error of the inputs in ulps (0 where they were captured);
-None where the format does not fit the shape."""
+Rounding = Callable[[Tensor, "Tensor | None"], "Rounded | None"]
+"""Takes float32 values, and how far each of them may be off (None where they were captured);
+returns None where the format does not fit the shape."""
 
 
-def _none(x: Tensor, ulps: float) -> Rounded:
+def _none(x: Tensor, off: Tensor | None) -> Rounded:
     return Rounded(x)
 
 
 def _cast(dtype: torch.dtype) -> Rounding:
-    def rounding(x: Tensor, ulps: float) -> Rounded:
+    def rounding(x: Tensor, off: Tensor | None) -> Rounded:
         value = x.to(dtype).float()
-        if not ulps:
+        if off is None:
             return Rounded(value)
-        moved = [(x * (1 + sign * ulps * FLOAT32_ULP)).to(dtype).float() for sign in (-1, 1)]
-        return Rounded(value, (moved[1] - moved[0]).abs())
+        return Rounded(value, ((x + off).to(dtype).float() - (x - off).to(dtype).float()).abs())
 
     return rounding
 
 
-def _tf32(x: Tensor, ulps: float) -> Rounded:
+def _tf32(x: Tensor, off: Tensor | None) -> Rounded:
     """Ten bits of mantissa, nearest, halves away from zero (cvt.rna.tf32.f32 of PTX)."""
     bits = x.contiguous().view(torch.int32)
     return Rounded(((bits + 0x1000) & ~0x1FFF).view(torch.float32))
 
 
-def _tf32_cut(x: Tensor, ulps: float) -> Rounded:
+def _tf32_cut(x: Tensor, off: Tensor | None) -> Rounded:
     """Ten bits of mantissa, the others dropped, as tensor cores do with plain float32."""
     return Rounded((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32))
 
@@ -67,7 +66,7 @@ def _tf32_cut(x: Tensor, ulps: float) -> Rounded:
 def _blocks(size: int, scale_dtype: torch.dtype, signed_peak: bool) -> Rounding:
     """Return a rounding to int8 with one scale for every ``size`` values."""
 
-    def rounding(x: Tensor, ulps: float) -> Rounded | None:
+    def rounding(x: Tensor, off: Tensor | None) -> Rounded | None:
         if x.shape[-1] % size:
             return None
         blocks = x.reshape(*x.shape[:-1], -1, size)
@@ -83,17 +82,19 @@ def _blocks(size: int, scale_dtype: torch.dtype, signed_peak: bool) -> Rounding:
         levels = exact.round().clamp(-127, 127)
         stored = step.to(scale_dtype).float().masked_fill(zero, 0.0)
         # Halves: ggml's reference rounds them away from zero, its vector kernels to even.
-        edge = (exact - exact.floor() - 0.5).abs() <= exact.abs() * (
-            (EDGE_ULPS + ulps) * FLOAT32_ULP
-        )
+        margin = exact.abs() * (EDGE_ULPS * FLOAT32_ULP)
+        scale_margin = torch.full_like(peak, FLOAT32_ULP)
+        if off is not None:
+            off = off.reshape(blocks.shape)
+            scale_margin = scale_margin + (off.gather(-1, place) / peak).masked_fill(zero, 0.0)
+            margin = (
+                margin + (off * steps.abs()).masked_fill(zero, 0.0) + exact.abs() * scale_margin
+            )
+        edge = (exact - exact.floor() - 0.5).abs() <= margin
         doubt = torch.where(edge, stored.abs(), 0.0)
         if scale_dtype != torch.float32:
-            nudged = [
-                (step * (1 + sign * (1 + ulps) * FLOAT32_ULP)).to(scale_dtype).float()
-                for sign in (-1, 1)
-            ]
-            spread = (nudged[1] - nudged[0]).abs().masked_fill(zero, 0.0)
-            doubt = doubt + spread * levels.abs()
+            low, high = ((step * (1 + s * scale_margin)).to(scale_dtype).float() for s in (-1, 1))
+            doubt = doubt + (high - low).abs().masked_fill(zero, 0.0) * levels.abs()
         return Rounded((levels * stored).reshape(x.shape), doubt.reshape(x.shape))
 
     return rounding

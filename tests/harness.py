@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from pytest_aprt.arithmetic import PROFILES
@@ -20,8 +21,12 @@ THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))
 
 
 def fixture_pair(family: str = "qwen2", gguf: Path | None = None) -> Pair:
+    """Open a fixture pair; its few layers are dequantised once for all runs of a test."""
     folder = FIXTURES / f"tiny-{family}"
-    return open_pair(open_headers(str(gguf or folder / "q4_k_m.gguf"), str(folder / "hf")))
+    pair = open_pair(open_headers(str(gguf or folder / "q4_k_m.gguf"), str(folder / "hf")))
+    for weights in (pair.model_weights, pair.oracle_weights):
+        weights.layer = cache(weights.layer)
+    return pair
 
 
 def builtin(pair: Pair) -> BuiltinRunner:
