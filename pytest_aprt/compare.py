@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytest_aprt.arithmetic import FLOAT32_ULP, Tolerance
 from pytest_aprt.facts import Facts
+from pytest_aprt.images import Image, image_of
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Stage
 
@@ -50,6 +51,7 @@ class Metrics:
     worst_token: tuple[int, float] | None  # token, rel_l2
     compared: int
     top_diffs: tuple[Difference, ...]
+    image: Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,9 @@ def non_finite(tensor: Tensor, view: View) -> int:
     return int((~torch.isfinite(values) & view.counted(values.shape)).sum())
 
 
-def measure(a: Tensor, b: Tensor, view: View, top: int = 1) -> Metrics:
+def measure(
+    a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False
+) -> Metrics:
     """Return the metrics of two tensors of one stage; rows with non-finite values are left out.
 
     Args:
@@ -116,6 +120,7 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1) -> Metrics:
         b: what it is compared with, of the same shape.
         view: how to look at both.
         top: how many of the largest differences to keep; the first gives ``max_abs``.
+        pictured: whether to keep the difference as a small image too.
     """
     x, y = view(a), view(b)
     counted = view.counted(x.shape)
@@ -144,6 +149,7 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1) -> Metrics:
         worst_token=_worst_token(d, y, view.stage) if compared else None,
         compared=compared,
         top_diffs=largest,
+        image=image_of(d, bad_x | bad_y, view.stage.axes) if pictured else None,
     )
 
 

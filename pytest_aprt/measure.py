@@ -229,7 +229,7 @@ def _point_errors(
         shape=shape,
         total=measure(value, oracle[name], view),
         weights=weights,
-        engine=measure(value, shadow[name], view),
+        engine=measure(value, shadow[name], view, pictured=True),
         local=exact.local,
         worst=exact.worst,
         readings=readings,
@@ -278,7 +278,7 @@ def _reading(
         return None
     return Reading(
         arithmetic=arithmetic,
-        local=measure(value, reference.value, view, TOP_DIFFS),
+        local=measure(value, reference.value, view, TOP_DIFFS, pictured=True),
         worst=judge(value, reference, view, arithmetic.tolerance),
     )
 

@@ -6,14 +6,17 @@ Numbers that JSON cannot hold are strings: ``"nan"``, ``"inf"``; ``float()`` rea
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 
 from pytest_aprt.errors import SettingsError
+from pytest_aprt.images import DECADES
 from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from pytest_aprt.verdict import Judged, Verdict
 
 SCHEMA: Literal["aprt-report-v1"] = "aprt-report-v1"
+
+_IMAGES = {"diverged": 16, "inherited": 6}
+"""How many points of a status keep an image: 5.5 KB each at most."""
 
 Number = Union[float, str]  # noqa: UP007 - evaluated at run time on Python 3.10
 
@@ -126,6 +132,19 @@ class PromptErrorsJson(TypedDict):
     worst_slice: SliceJson | None
 
 
+class ImageJson(TypedDict):
+    """The difference of a point as a small image; ``images.Image`` says how levels are meant."""
+
+    error: str  # which of the four
+    rows: str
+    columns: str
+    shape: list[int]
+    pixels: list[int]
+    largest: Number
+    decades: int
+    levels: str  # base64, one byte a pixel, row by row
+
+
 class PointJson(TypedDict):
     """One point on the prompt where it is worst, and in `prompts` its errors on every prompt."""
 
@@ -147,6 +166,7 @@ class PointJson(TypedDict):
     prompt: int
     top_diffs: list[DiffJson]
     prompts: list[PromptErrorsJson]
+    image: ImageJson | None  # of origins, and of the first points that inherit
 
 
 class GoodJson(TypedDict):
@@ -287,7 +307,7 @@ def build(
             "config": [_fact(row) for row in facts],
             "weights": [_tensor(row) for row in measurement.tensors],
         },
-        "points": [_point(j, by_point.get(j.point, [])) for j in verdict.points],
+        "points": _points(verdict.points, by_point),
         "notes": notes,
     }
     return report
@@ -364,6 +384,37 @@ def _prompt_errors(e: PointErrors) -> PromptErrorsJson:
     }
 
 
+def _points(points: list[Judged], by_point: Mapping[Point, list[PointErrors]]) -> list[PointJson]:
+    """Return all points; the first few that fail or inherit have an image."""
+    left = dict(_IMAGES)
+    found = []
+    for judged in points:
+        point = _point(judged, by_point.get(judged.point, []))
+        if left.get(judged.status, 0) > 0:
+            point["image"] = _image(judged)
+            left[judged.status] -= point["image"] is not None
+        found.append(point)
+    return found
+
+
+def _image(judged: Judged) -> ImageJson | None:
+    error = "local" if judged.status == "diverged" else "engine"
+    metrics: Metrics | None = getattr(judged.errors, error, None)
+    image = metrics.image if metrics else None
+    if image is None:
+        return None
+    return {
+        "error": error,
+        "rows": image.rows,
+        "columns": image.columns,
+        "shape": list(image.shape),
+        "pixels": list(image.pixels),
+        "largest": number(image.largest),
+        "decades": DECADES,
+        "levels": base64.b64encode(image.levels).decode("ascii"),
+    }
+
+
 def _point(judged: Judged, on_prompts: list[PointErrors]) -> PointJson:
     e = judged.errors
     tolerance: ToleranceJson | None = None
@@ -390,6 +441,7 @@ def _point(judged: Judged, on_prompts: list[PointErrors]) -> PointJson:
             for d in (e.local.top_diffs if e and e.local else ())
         ],
         "prompts": [_prompt_errors(errors) for errors in on_prompts],
+        "image": None,
     }
 
 
