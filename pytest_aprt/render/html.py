@@ -1,0 +1,388 @@
+"""report.html: one file that needs no network, drawn from report.json alone.
+
+The page is a Jinja template beside this file; the drawings are matplotlib's. What the template
+shows is prepared here, so that it holds no logic but loops.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pytest_aprt.render import figures
+from pytest_aprt.render.ladder import Rung, rung, rungs
+from pytest_aprt.render.words import (
+    by_layer,
+    cosine,
+    counts,
+    excess,
+    layer_name,
+    megabytes,
+    place,
+    printable,
+    rel_l2,
+    small,
+    span,
+    where,
+    worst_of,
+)
+from pytest_aprt.report import MetricsJson, OriginJson, PointJson, Report
+from pytest_aprt.stages import STAGES
+from pytest_aprt.statuses import VERDICTS
+
+_FOLDER = Path(__file__).parent
+_FIGURES = 16  # difference images drawn at most: 15 KB each
+
+_STATUS_TEXT = {
+    "diverged": "error is born here",
+    "inherited": "follows from an error upstream",
+    "drift": "rounding that adds up",
+    "noise": "the quantised weights explain it",
+    "pass": "agrees",
+    "inconclusive": "cannot be judged",
+    "missing": "the model's side does not show it",
+}
+
+_HEADLINES = {
+    "PARITY": "Model and oracle agree",
+    "QUANTISATION_NOISE": "No bug found: the quantised weights explain the distance",
+    "INCONCLUSIVE": "No verdict: the run cannot be trusted or judged",
+}
+
+_METRICS = (
+    # label, text of one error's metrics
+    ("cosine", cosine),
+    ("relative L2", rel_l2),
+    ("slope", lambda m: f"{float(m['slope']):.6g}"),
+    ("norm ratio", lambda m: f"{float(m['norm_ratio']):.6g}"),
+    ("largest |difference|", lambda m: small(m["max_abs"])),
+    ("  its place", lambda m: place(m["max_abs_at"])),
+    ("RMS", lambda m: small(m["rms"])),
+    ("SQNR", lambda m: f"{float(m['sqnr_db']):.1f} dB"),
+    ("worst token", lambda m: _worst_token(m)),
+    ("non-finite", lambda m: ", ".join(f"{k} {v}" for k, v in m["non_finite"].items())),
+)
+
+
+def render(report: Report) -> str:
+    """Return the report as one self-contained HTML page."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    assets = {
+        name: Markup((_FOLDER / f"report.{name}").read_text(encoding="utf-8"))
+        for name in ("css", "js")
+    }
+    page = environment.get_template("report.html.j2").render(page=Page(report), **assets)
+    return printable(page)
+
+
+def _worst_token(metrics: MetricsJson) -> str:
+    worst = metrics["worst_token"]
+    return "" if worst is None else f"{worst['token']} ({small(worst['rel_l2'])})"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One fact beside the headline."""
+
+    label: str
+    value: str
+    detail: str = ""
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the heatmap; None in a row where the layer has no such stage."""
+
+    point: str
+    status: str
+    classes: str
+    text: str
+
+
+class Page:
+    """What the template shows of a report."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.verdict = report["verdict"]
+        self.errors = ("local", "engine", "weights", "total")
+        self.good = VERDICTS[self.verdict["status"]]
+        self._left = _FIGURES
+
+    # -- the top -----------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        """The page's title."""
+        return f"{self.verdict['status']}: {Path(self.report['model']['source']).name}"
+
+    @property
+    def headline(self) -> str:
+        """What a reader should take away, in one line."""
+        status = self.verdict["status"]
+        if status in _HEADLINES:
+            return _HEADLINES[status]
+        first = self.verdict["first_divergence"]
+        if self.verdict["rung"] not in (None, "stages"):
+            return f"The fault is in the {self.verdict['rung']}"
+        if first is None:
+            return "Model and oracle diverge"
+        layer = "the whole model" if first["layer"] is None else f"layer {first['layer']}"
+        return f"A bug, first seen in {layer} at {first['stage']}"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words, without the status before it."""
+        return self.verdict["summary"].partition(": ")[2] or self.verdict["summary"]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The facts beside the headline."""
+        return self._origin_tiles() if self.verdict["origins"] else self._quiet_tiles()
+
+    def _origin_tiles(self) -> list[Tile]:
+        origin = self.verdict["origins"][0]
+        tiles = [
+            Tile("Where", span(origin), self.what(origin["stage"]), f"#p-{origin['point']}"),
+            self._size_tile(origin),
+        ]
+        good = origin["previous_good"]
+        if good:
+            name, detail = good["point"], f"local error {small(good['rel_l2'])}"
+            tiles.append(Tile("Still sound before it", name, detail, f"#p-{name}"))
+        if origin["hint"]:
+            tiles.append(Tile("Likely", "", origin["hint"]))
+        return tiles
+
+    def _size_tile(self, origin: OriginJson) -> Tile:
+        if count := origin["born_non_finite"]:
+            return Tile("Size", f"{count} NaN or Inf", "although every input is finite")
+        worst = origin["worst"]
+        if worst is None:
+            return Tile("Size", rel_l2(origin["local"]), "relative L2")
+        times = excess(self.point(origin["point"]))
+        size = float(worst["rel_l2"])
+        value = f"{size:.1%}" if 1e-3 <= size < 10 else small(size)
+        detail = f"relative L2 {small(worst['rel_l2'])}: {times:,.0f} times its tolerance"
+        return Tile("Size", value + where(worst), detail)
+
+    def _quiet_tiles(self) -> list[Tile]:
+        judged = [p for p in self.report["points"] if p["total"] and p["local"]]
+        tiles = [Tile("Judged", f"{len(judged)} points", counts(self.report))]
+        if judged:
+            lowest = min(judged, key=lambda p: _cosine(p["total"]))
+            closest = max(judged, key=excess)
+            tiles += [
+                Tile("Lowest cosine", cosine(lowest["total"]), f"total, at {lowest['point']}",
+                     f"#p-{lowest['point']}"),
+                Tile("Error born in one stage", f"at most {excess(closest):.2g} of its tolerance",
+                     f"at {closest['point']}", f"#p-{closest['point']}"),
+            ]  # fmt: skip
+        return tiles
+
+    @property
+    def failed_self_tests(self) -> list[Any]:
+        """Those checks of the instrument that failed."""
+        return [test for test in self.report["self_test"] if not test["passed"]]
+
+    # -- heatmap -----------------------------------------------------------------------------------
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """The stages of the run, in computation order."""
+        found = {p["stage"] for p in self.report["points"]}
+        known = [name for name in STAGES if name in found]
+        return known + sorted(found.difference(known))
+
+    @cached_property
+    def heatmap(self) -> list[tuple[str, list[Cell | None]]]:
+        """Rows of cells, by the name of their layer."""
+        rows = []
+        for layer, points in by_layer(self.report).items():
+            cells = {p["stage"]: self._cell(p) for p in points}
+            rows.append((layer_name(layer), [cells.get(stage) for stage in self.stages]))
+        return rows
+
+    def _cell(self, p: PointJson) -> Cell:
+        shades = []
+        for error in self.errors:
+            metrics: MetricsJson | None = p[error]  # type: ignore[literal-required]
+            shades.append(f"{error[0]}{figures.level(metrics['rel_l2']) if metrics else 'x'}")
+        sizes = ", ".join(
+            f"{error} {rel_l2(p[error]) or 'none'}"  # type: ignore[literal-required]
+            for error in self.errors
+        )
+        text = f"{p['point']}: {p['status']}; {sizes}"
+        return Cell(p["point"], p["status"], " ".join([p["status"], *shades]), text)
+
+    @property
+    def shades(self) -> list[tuple[int, str, str]]:
+        """The levels of the colour scale: number, colour on a light page, on a dark one."""
+        return [
+            (index, light, dark)
+            for index, (light, dark) in enumerate(
+                zip(figures.ramp(dark=False), figures.ramp(dark=True), strict=True)
+            )
+        ]
+
+    # -- drawings ----------------------------------------------------------------------------------
+
+    def along_the_pass(self, width: float) -> Markup:
+        """The four errors of every point, as SVG."""
+        return Markup(figures.errors_along_the_pass(self.report, width))
+
+    def image(self, p: PointJson) -> Markup | None:
+        """The difference of a point, as SVG."""
+        image = p.get("image")
+        if not image or self._left <= 0:
+            return None
+        self._left -= 1
+        return Markup(figures.difference_image(image, f"d-{p['point']}", 7))
+
+    # -- points ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _by_name(self) -> dict[str, PointJson]:
+        return {p["point"]: p for p in self.report["points"]}
+
+    def point(self, name: str) -> PointJson:
+        """A point by its name."""
+        return self._by_name[name]
+
+    @property
+    def origins(self) -> list[tuple[OriginJson, PointJson]]:
+        """Every origin with its point."""
+        return [(o, self._by_name[o["point"]]) for o in self.verdict["origins"]
+                if o["point"] in self._by_name]  # fmt: skip
+
+    @property
+    def layers(self) -> list[tuple[str, PointJson, list[PointJson]]]:
+        """Every layer: its name, its worst point, its points."""
+        return [
+            (layer_name(layer), worst_of(points), points)
+            for layer, points in by_layer(self.report).items()
+        ]
+
+    @cached_property
+    def origin_names(self) -> frozenset[str]:
+        """The names of all origins."""
+        return frozenset(o["point"] for o in self.verdict["origins"])
+
+    def is_point(self, name: str | None) -> bool:
+        """Whether something is the name of a point on this page."""
+        return name in self._by_name
+
+    def what(self, stage: str) -> str:
+        """What a stage is, in words."""
+        return STAGES[stage].what if stage in STAGES else ""
+
+    def status(self, status: str) -> str:
+        """What a status means, in words."""
+        return _STATUS_TEXT.get(status, status)
+
+    def metrics(self, p: PointJson) -> list[tuple[str, list[str]]]:
+        """The rows of a point's table: a label and the text of each error."""
+        rows = []
+        for label, text in _METRICS:
+            found: list[MetricsJson | None] = [p[e] for e in self.errors]  # type: ignore[literal-required]
+            rows.append((label, [text(m) if m else "" for m in found]))
+        return rows
+
+    def bounds(self, p: PointJson) -> list[str]:
+        """What a point was held to, as sentences."""
+        lines = []
+        if p["worst_slice"] and p["tolerance"]:
+            lines.append(
+                f"Worst slice{where(p['worst_slice']) or ': the whole tensor'}: local relative L2 "
+                f"{small(p['worst_slice']['rel_l2'])}, tolerance "
+                f"{small(p['tolerance']['rel_l2'])} ({p['tolerance']['source']})"
+            )
+        bound = p["threshold"]
+        lines.append(f"Threshold: cosine {bound['cosine']:g} ({bound['source']})")
+        return lines
+
+    def elements(self, p: PointJson) -> list[tuple[str, str, str, str]]:
+        """The worst elements: place, the model's value, the replay's, the difference."""
+        return [
+            (place(d["at"]), f"{float(d['model']):.7g}", f"{float(d['reference']):.7g}",
+             f"{abs(float(d['model']) - float(d['reference'])):.2e}")
+            for d in p["top_diffs"]
+        ]  # fmt: skip
+
+    def again(self, p: PointJson) -> str:
+        """The command that runs one point again."""
+        return f"{self.report['run']['command']} -k {shlex.quote(p['point'])}"
+
+    def prompt(self, p: PointJson) -> str:
+        """The prompt on which a point is worst."""
+        prompt = self.report["run"]["prompts"][p["prompt"]]
+        return f"{prompt['text']!r}" if prompt["text"] else f"{len(prompt['tokens'])} token ids"
+
+    cosine = staticmethod(cosine)
+    rel_l2 = staticmethod(rel_l2)
+    span = staticmethod(span)
+
+    @property
+    def example(self) -> str:
+        """A point that one may want to run alone: the first origin, else the worst."""
+        if self.verdict["origins"]:
+            return self.verdict["origins"][0]["point"]
+        points = self.report["points"]
+        return worst_of(points)["point"] if points else "gate"
+
+    # -- rungs and provenance ----------------------------------------------------------------------
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """Self-test, every rung of the ladder, contracts and whatever else is a table."""
+        report: dict[str, Any] = dict(self.report)
+        found = [rung("self-test", report["self_test"])] if report["self_test"] else []
+        found += rungs(report["ladder"])
+        if report.get("contracts"):
+            found.append(rung("contracts", report["contracts"]))
+        return found
+
+    def text(self, value: Any) -> str:
+        """Any plain value as text."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return json.dumps(value)
+
+    @property
+    def provenance(self) -> list[tuple[str, str]]:
+        """Where the run comes from: label and text."""
+        run, model, oracle = self.report["run"], self.report["model"], self.report["oracle"]
+        types = ", ".join(f"{count} {kind}" for kind, count in model["quantisation"].items())
+        return [
+            ("model", f"{model['source']} ({model['architecture']}; {types})"),
+            ("model sha256", model["sha256"]),
+            ("engine", f"{model['engine']}, arithmetic {self.text(model['arithmetic'])}"),
+            ("oracle", f"{oracle['source']} ({oracle['architecture']})"),
+            ("oracle sha256", oracle["sha256"]),
+            ("started", f"{run['started_utc']}, took {run['wall_s']:.1f} s, "
+                        f"peak memory {megabytes(run['peak_rss_bytes'])}"),
+            ("host", ", ".join(f"{k} {v}" for k, v in run["host"].items())),
+            ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
+            ("run id", run["id"]),
+        ]  # fmt: skip
+
+
+def _cosine(metrics: MetricsJson | None) -> float:
+    value = float(metrics["cosine"]) if metrics else 1.0
+    return value if value == value else 1.0
