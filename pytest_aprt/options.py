@@ -66,5 +66,5 @@ OPTIONS = (
     Option(name="strict", kind="flag",
            help="Fail every point whose total is below its threshold, noise or not"),
     Option(name="report", kind="value", metavar="DIR",
-           help="Folder for report.json and report.md"),
+           help="Folder for report.json, report.md and report.html"),
 )  # fmt: skip

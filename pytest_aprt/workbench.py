@@ -171,7 +171,7 @@ class Workbench:
     def _run(self, headers: Headers, settings: Settings) -> None:
         from pytest_aprt import report
         from pytest_aprt.captures import CaptureWriter
-        from pytest_aprt.render import markdown
+        from pytest_aprt.render import files
         from pytest_aprt.run import run
 
         keep = {}
@@ -184,8 +184,7 @@ class Workbench:
             report.write(result, self._scratch.path / "report.json")
         self.report = result
         if settings.report is not None:
-            report.write(result, settings.report / "report.json")
-            report.write_text(settings.report / "report.md", markdown.render(result))
+            files.write(result, settings.report)
 
     @cached_property
     def report(self) -> Report:

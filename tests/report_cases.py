@@ -105,9 +105,18 @@ def with_notes(report):
 
 
 def with_many_origins(report):
-    for origin in report["verdict"]["origins"]:
-        origin["bracket"] = ["L02-k_post_rope", "L02-post_attn_residual", origin["point"]]
-    report["verdict"]["origins"] = report["verdict"]["origins"] * 40
+    """Every point of layers 2 and 3 is an origin, and each shares a bracket."""
+    first = (report["verdict"]["origins"] or [None])[0]
+    if first is None:
+        return report
+    points = [p for p in report["points"] if p["layer"] in (2, 3)]
+    for point in points:
+        point["status"] = "diverged"
+    report["verdict"]["origins"] = [
+        {**copy.deepcopy(first), "layer": p["layer"], "stage": p["stage"], "point": p["point"],
+         "bracket": ["L02-attn_norm", "L02-qkv_matmul", p["point"]]}
+        for p in points
+    ]  # fmt: skip
     return report
 
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from pytest_aprt.images import NON_FINITE
 from pytest_aprt.render.words import layer_name
-from pytest_aprt.report import ImageJson, Number, Report
+from pytest_aprt.report import ImageJson, MetricsJson, Report
 
 ERRORS = ("total", "weights", "engine", "local")
 
@@ -61,19 +61,28 @@ _RC: Any = {  # matplotlib types the keys one by one
 
 def ramp(dark: bool) -> list[str]:
     """Return the heatmap's colours, the smallest error first: it fades into the page."""
-    shades = np.linspace(0.13, 0.97, LEVELS) if dark else np.linspace(0.98, 0.12, LEVELS)
+    along = np.linspace(0, 1, LEVELS) ** 1.4
+    shades = 0.13 + 0.84 * along if dark else 0.985 - 0.865 * along
     return [to_hex(colour) for colour in colormaps[_RAMP](shades)]
 
 
-def level(value: Number) -> int:
-    """Return the colour of a relative L2; what is not finite has the last."""
-    size = float(value)
-    if not math.isfinite(size):
-        return LEVELS - 1
+def level(metrics: MetricsJson | None) -> int | None:
+    """Return the colour of an error; None where nothing could be compared."""
+    size = extent(metrics)
+    if math.isnan(size):
+        return None
     if size <= SMALLEST:
         return 0
     share = math.log(size / SMALLEST) / math.log(LARGEST / SMALLEST)
-    return min(LEVELS - 1, max(0, round(share * (LEVELS - 1))))
+    return round(min(share, 1) * (LEVELS - 1))
+
+
+def extent(metrics: MetricsJson | None) -> float:
+    """Return how large an error is: its relative L2, or infinity where values turned non-finite."""
+    if metrics is None:
+        return math.nan
+    left, right = metrics["non_finite"].values()
+    return math.inf if left > right else float(metrics["rel_l2"])
 
 
 def errors_along_the_pass(report: Report, width: float) -> str:
@@ -85,10 +94,12 @@ def errors_along_the_pass(report: Report, width: float) -> str:
     """
     points = report["points"]
     series = {
-        error: _finite([p[error]["rel_l2"] if p[error] else None for p in points])  # type: ignore[literal-required]
+        error: _shown([extent(p[error]) for p in points])  # type: ignore[literal-required]
         for error in ERRORS
     }
-    bound = _finite([p["tolerance"]["rel_l2"] if p["tolerance"] else None for p in points])
+    bound = _shown(
+        [float(p["tolerance"]["rel_l2"]) if p["tolerance"] else math.nan for p in points]
+    )
     with rc_context(_RC):
         figure = Figure(figsize=(width, 3.6), layout="constrained")
         axes = figure.add_subplot()
@@ -116,15 +127,9 @@ def errors_along_the_pass(report: Report, width: float) -> str:
         return _svg(figure, f"pass-{width:.0f}", text)
 
 
-def _finite(values: Sequence[Number | None]) -> list[float]:
-    """Return numbers that a log axis shows: zero at its bottom, infinity at its top, no gap."""
-    found = []
-    for value in values:
-        size = math.nan if value is None else float(value)
-        if value is not None and not math.isfinite(size):
-            size = 10.0
-        found.append(min(max(size, SMALLEST / 10), 10.0) if size == size else math.nan)
-    return found
+def _shown(values: Sequence[float]) -> list[float]:
+    """Return what a log axis shows: zero at its bottom, infinity at its top, nan as a gap."""
+    return [value if math.isnan(value) else min(max(value, SMALLEST / 10), 10) for value in values]
 
 
 def _layer_ticks(axes: Axes, report: Report, most: int) -> None:
@@ -145,14 +150,15 @@ def difference_image(image: ImageJson, key: str, width: float) -> str:
     """Return a point's difference as a picture with coordinates and a scale; ids begin with key."""
     rows, columns = image["pixels"]
     levels = np.frombuffer(base64.b64decode(image["levels"]), np.uint8).reshape(rows, columns)
-    largest = float(image["largest"]) or 1.0
+    largest = float(image["largest"])
+    largest = largest if 0 < largest < math.inf else 1.0
     values = largest * 10.0 ** ((levels / 254 - 1) * image["decades"])
     values = np.ma.masked_array(values, levels == NON_FINITE)
     colours: Colormap = colormaps[_RAMP].with_extremes(bad=_NO_NUMBER)
-    with rc_context(_RC):
-        figure = Figure(figsize=(width, 2.2))  # a layout engine takes five times as long
-        axes = figure.add_axes((0.08, 0.2, 0.78, 0.76))
-        beside = figure.add_axes((0.88, 0.2, 0.02, 0.76))
+    with rc_context({**_RC, "font.size": 8}):
+        figure = Figure(figsize=(width, width * 0.36))  # a layout engine takes five times as long
+        axes = figure.add_axes((0.085, 0.22, 0.74, 0.74))
+        beside = figure.add_axes((0.85, 0.22, 0.02, 0.74))
         shown = axes.imshow(
             values,
             cmap=colours,

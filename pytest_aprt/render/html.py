@@ -80,6 +80,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["first_upper"] = lambda text: text[:1].upper() + text[1:]
     assets = {
         name: Markup((_FOLDER / f"report.{name}").read_text(encoding="utf-8"))
         for name in ("css", "js")
@@ -101,6 +102,7 @@ class Tile:
     value: str
     detail: str = ""
     href: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,19 @@ class Page:
     def _origin_tiles(self) -> list[Tile]:
         origin = self.verdict["origins"][0]
         tiles = [
-            Tile("Where", span(origin), self.what(origin["stage"]), f"#p-{origin['point']}"),
+            Tile(
+                "Where",
+                span(origin),
+                self.what(origin["stage"]),
+                self._link(origin["point"]),
+                "bad",
+            ),
             self._size_tile(origin),
         ]
         good = origin["previous_good"]
         if good:
             name, detail = good["point"], f"local error {small(good['rel_l2'])}"
-            tiles.append(Tile("Still sound before it", name, detail, f"#p-{name}"))
+            tiles.append(Tile("Still sound before it", name, detail, self._link(name), "good"))
         if origin["hint"]:
             tiles.append(Tile("Likely", "", origin["hint"]))
         return tiles
@@ -174,10 +182,12 @@ class Page:
         worst = origin["worst"]
         if worst is None:
             return Tile("Size", rel_l2(origin["local"]), "relative L2")
-        times = excess(self.point(origin["point"]))
+        times = excess(self.point(origin["point"])) if self.is_point(origin["point"]) else 0.0
         size = float(worst["rel_l2"])
         value = f"{size:.1%}" if 1e-3 <= size < 10 else small(size)
-        detail = f"relative L2 {small(worst['rel_l2'])}: {times:,.0f} times its tolerance"
+        detail = f"relative L2 {small(worst['rel_l2'])}"
+        if times > 1:
+            detail += f": {times:,.0f} times its tolerance"
         return Tile("Size", value + where(worst), detail)
 
     def _quiet_tiles(self) -> list[Tile]:
@@ -220,8 +230,8 @@ class Page:
     def _cell(self, p: PointJson) -> Cell:
         shades = []
         for error in self.errors:
-            metrics: MetricsJson | None = p[error]  # type: ignore[literal-required]
-            shades.append(f"{error[0]}{figures.level(metrics['rel_l2']) if metrics else 'x'}")
+            level = figures.level(p[error])  # type: ignore[literal-required]
+            shades.append(f"{error[0]}{'x' if level is None else level}")
         sizes = ", ".join(
             f"{error} {rel_l2(p[error]) or 'none'}"  # type: ignore[literal-required]
             for error in self.errors
@@ -251,7 +261,7 @@ class Page:
         if not image or self._left <= 0:
             return None
         self._left -= 1
-        return Markup(figures.difference_image(image, f"d-{p['point']}", 7))
+        return Markup(figures.difference_image(image, f"d-{p['point']}", 5))
 
     # -- points ------------------------------------------------------------------------------------
 
@@ -282,6 +292,9 @@ class Page:
         """The names of all origins."""
         return frozenset(o["point"] for o in self.verdict["origins"])
 
+    def _link(self, name: str) -> str:
+        return f"#p-{name}" if self.is_point(name) else ""
+
     def is_point(self, name: str | None) -> bool:
         """Whether something is the name of a point on this page."""
         return name in self._by_name
@@ -297,7 +310,8 @@ class Page:
     def metrics(self, p: PointJson) -> list[tuple[str, list[str]]]:
         """The rows of a point's table: a label and the text of each error."""
         rows = []
-        for label, text in _METRICS:
+        failing = p["status"] in ("diverged", "drift", "inconclusive")
+        for label, text in _METRICS if failing else _METRICS[:5]:
             found: list[MetricsJson | None] = [p[e] for e in self.errors]  # type: ignore[literal-required]
             rows.append((label, [text(m) if m else "" for m in found]))
         return rows
@@ -306,10 +320,11 @@ class Page:
         """What a point was held to, as sentences."""
         lines = []
         if p["worst_slice"] and p["tolerance"]:
+            why = f" ({p['tolerance']['source']})" if p["status"] == "diverged" else ""
             lines.append(
                 f"Worst slice{where(p['worst_slice']) or ': the whole tensor'}: local relative L2 "
                 f"{small(p['worst_slice']['rel_l2'])}, tolerance "
-                f"{small(p['tolerance']['rel_l2'])} ({p['tolerance']['source']})"
+                f"{small(p['tolerance']['rel_l2'])}{why}"
             )
         bound = p["threshold"]
         lines.append(f"Threshold: cosine {bound['cosine']:g} ({bound['source']})")

@@ -1,0 +1,32 @@
+"""The files of a report: report.json, and what is drawn from it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytest_aprt import report as reports
+from pytest_aprt.report import Report
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write report.json, report.md and report.html into a folder, which is made.
+
+    Raises:
+        SettingsError: the folder cannot be made or written.
+    """
+    from pytest_aprt.render import html, markdown  # html loads matplotlib
+
+    reports.write(report, folder / "report.json")
+    reports.write_text(folder / "report.md", markdown.render(report))
+    reports.write_text(folder / "report.html", html.render(report))
+
+
+def redraw(source: Path, page: Path) -> None:
+    """Draw report.html again from a report.json.
+
+    Raises:
+        SettingsError: ``source`` is no report, or ``page`` cannot be written.
+    """
+    from pytest_aprt.render import html
+
+    reports.write_text(page, html.render(reports.read(source)))
