@@ -105,13 +105,14 @@ def with_notes(report):
 
 
 def with_many_origins(report):
-    """Every point of layers 2 and 3 is an origin, and each shares a bracket."""
+    """Every point of layers 2 and 3 is an origin too, and each shares a bracket."""
     first = (report["verdict"]["origins"] or [None])[0]
     if first is None:
         return report
-    points = [p for p in report["points"] if p["layer"] in (2, 3)]
-    for point in points:
-        point["status"] = "diverged"
+    for point in report["points"]:
+        if point["layer"] in (2, 3):
+            point["status"] = "diverged"
+    points = [p for p in report["points"] if p["status"] == "diverged"]
     report["verdict"]["origins"] = [
         {**copy.deepcopy(first), "layer": p["layer"], "stage": p["stage"], "point": p["point"],
          "bracket": ["L02-attn_norm", "L02-qkv_matmul", p["point"]]}

@@ -188,11 +188,11 @@ def test_the_prompt_shown_is_the_one_where_the_point_is_worst():
 @pytest.mark.parametrize("name", ["fault", "overflow", "prompts"])
 def test_every_failing_point_of_every_report_can_be_told(name, shape):
     report = shape(report_of(name))
-    for point in report["points"][:80]:
-        if point["status"] in ("diverged", "inherited"):
-            text = failure.render(report, point)
-            assert text.startswith(f"{point['point']}: ")
-            text.encode()
+    failing = [p for p in report["points"] if p["status"] in ("diverged", "inherited")]
+    for point in [*failing[:12], *failing[-1:]]:
+        text = failure.render(report, point)
+        assert text.startswith(f"{point['point']}: ")
+        text.encode()
 
 
 def test_values_that_turn_non_finite_are_counted_in_the_first_line():
