@@ -67,4 +67,6 @@ OPTIONS = (
            help="Fail every point whose total is below its threshold, noise or not"),
     Option(name="report", kind="value", metavar="DIR",
            help="Folder for report.json, report.md and report.html"),
+    Option(name="baseline", kind="value", metavar="JSON", is_path=True,
+           help="Earlier report.json of the same model and prompts; only what is worse fails"),
 )  # fmt: skip

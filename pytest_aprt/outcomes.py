@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.facts import FACTS
@@ -53,7 +53,15 @@ def _tensor_names(headers: Headers) -> list[str]:
 
 
 def outcome_of(report: Report, name: str) -> Outcome:
-    """Return the outcome of the test ``name``."""
+    """Return the outcome of the test ``name``; with a baseline, what is known does not fail."""
+    found = _outcome_of(report, name)
+    if found.outcome == "failed" and name in report.get("baseline", {}).get("known", ()):
+        reason = f"known: the baseline fails likewise; {found.text.splitlines()[0]}"
+        return replace(found, outcome="xfailed", reason=reason)
+    return found
+
+
+def _outcome_of(report: Report, name: str) -> Outcome:
     kind, dash, rest = name.partition("-")
     if name == GATE:
         return _gate(report)
@@ -64,10 +72,15 @@ def outcome_of(report: Report, name: str) -> Outcome:
 
 def _gate(report: Report) -> Outcome:
     verdict = report["verdict"]
-    passed = VERDICTS[verdict["status"]]
+    passed, text = VERDICTS[verdict["status"]], verdict["summary"]
+    baseline = report.get("baseline")
+    if baseline is not None and verdict["status"] == "DIVERGED":
+        worse = baseline["worse"]
+        passed = not worse
+        text = f"worse than the baseline: {', '.join(worse[:4])}; {text}" if worse else text
     return Outcome(
         outcome="passed" if passed else "failed",
-        text=verdict["summary"],
+        text=text,
         properties={"verdict": verdict["status"], "rung": verdict["rung"] or ""},
     )
 

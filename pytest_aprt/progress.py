@@ -1,4 +1,4 @@
-"""The line that is shown while the models run: layer, seconds, memory."""
+"""The line that is shown while the models run: layer, rate, time left, memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,36 @@ from types import TracebackType
 import pytest
 
 _PLAIN_EVERY_S = 30.0
+
+
+_BAR = 12  # characters
+
+
+def line(what: str, done: int, total: int, seconds: float, memory: int) -> str:
+    """Return one line of plain ASCII, below 80 columns.
+
+    Args:
+        what: the layer that ran last.
+        done: layers that have run.
+        total: layers in all.
+        seconds: since the start.
+        memory: bytes.
+    """
+    filled = _BAR * done // total
+    rate = done / seconds if seconds > 0 else 0.0
+    text = f"aprt: [{'#' * filled}{'.' * (_BAR - filled)}] {what} ({done}/{total}), "
+    if done < total and rate > 0:
+        text += f"{rate:.2g}/s, {_duration((total - done) / rate)} left, "
+    else:
+        text += f"{_duration(seconds)}, "
+    return text + f"{memory / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class ProgressLine:
@@ -32,10 +62,7 @@ class ProgressLine:
         if self._reporter is None:
             return
         now = time.monotonic()
-        self._text = (
-            f"aprt: {what} ({done}/{total}), {now - self._started:.1f} s, "
-            f"{peak_rss() / 1e6:,.0f} MB"
-        )
+        self._text = line(what, done, total, now - self._started, peak_rss())
         if self._reporter.isatty:
             self._reporter.rewrite(self._text, erase=True)
         elif now - self._last >= _PLAIN_EVERY_S:

@@ -247,9 +247,17 @@ class LadderJson(TypedDict):
     weights: list[TensorJson]
 
 
-class Report(TypedDict):
-    """A whole run."""
+class BaselineJson(TypedDict):
+    """This run against an earlier one: names of tests."""
 
+    path: str
+    id: str  # of the earlier run
+    worse: list[str]  # fail now, and did not before or less
+    known: list[str]  # fail as they did before
+    better: list[str]  # failed before
+
+
+class _Whole(TypedDict):
     schema: str
     run: RunJson
     model: ModelJson
@@ -259,6 +267,12 @@ class Report(TypedDict):
     ladder: LadderJson
     points: list[PointJson]
     notes: list[str]
+
+
+class Report(_Whole, total=False):
+    """A whole run, and where a baseline was given, what changed since."""
+
+    baseline: BaselineJson
 
 
 def build(

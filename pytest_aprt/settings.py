@@ -45,6 +45,7 @@ class Settings:
     arithmetic: str
     strict: bool
     report: Path | None
+    baseline: Path | None
     command: str
 
     def points(self, graph: StageGraph) -> list[Point]:
@@ -98,7 +99,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
     default = get("aprt_min_cosine")
     cosine = DEFAULT_COSINE if default is None else cosine_named("--aprt-min-cosine", default)
     source = "default" if default is None else "--aprt-min-cosine"
-    report = get("aprt_report")
+    report, baseline = get("aprt_report"), get("aprt_baseline")
     return Settings(
         model=model,
         model_kind=kind,
@@ -114,6 +115,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         arithmetic=profile_named(get("aprt_arithmetic") or "auto").name,
         strict=bool(get("aprt_strict")),
         report=Path(report) if report else None,
+        baseline=Path(baseline) if baseline else None,
         command=command,
     )
 

@@ -7,6 +7,7 @@ it what its tests ask for, and reads from it what the controller has run.
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -170,6 +171,7 @@ class Workbench:
 
     def _run(self, headers: Headers, settings: Settings) -> None:
         from pytest_aprt import report
+        from pytest_aprt.baseline import compare
         from pytest_aprt.captures import CaptureWriter
         from pytest_aprt.render import files
         from pytest_aprt.run import run
@@ -179,12 +181,17 @@ class Workbench:
             keep = {"keep": CaptureWriter(self._captures)}
         with ProgressLine(self.config, time.monotonic()) as progress:
             engine = user_engine(self.config, settings)
+            earlier = None if settings.baseline is None else report.read(settings.baseline)
             result = run(headers, settings, engine, progress, **keep)
+            if earlier is not None and settings.baseline is not None:
+                result["baseline"] = compare(result, earlier, settings.baseline)
         if self.config.pluginmanager.hasplugin("dsession"):
             report.write(result, self._scratch.path / "report.json")
         self.report = result
         if settings.report is not None:
             files.write(result, settings.report)
+        if summary := os.environ.get("GITHUB_ACTIONS") and os.environ.get("GITHUB_STEP_SUMMARY"):
+            files.add_step_summary(result, Path(summary))
 
     @cached_property
     def report(self) -> Report:
@@ -250,7 +257,7 @@ class Workbench:
         """Say what the run concludes."""
         if self._settings is None or "report" not in self.__dict__:
             return
-        from pytest_aprt.render import terminal
+        from pytest_aprt.render import github, terminal
 
         saved, verbosity = self._settings.report, self.config.getoption("verbose")
         if verbosity >= 0:
@@ -259,6 +266,9 @@ class Workbench:
             self.report, None if saved is None else str(saved), verbosity
         ):
             terminalreporter.write_line(text, **markup)
+        if os.environ.get("GITHUB_ACTIONS"):
+            for command in github.commands(self.report):
+                terminalreporter.write_line(command)
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind."""

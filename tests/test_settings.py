@@ -69,7 +69,7 @@ def test_flag_and_key_are_twins():
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine", "--aprt-prompt",
         "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-strict",
-        "--aprt-report",
+        "--aprt-report", "--aprt-baseline",
     ]  # fmt: skip
     for option in OPTIONS:
         assert option.key == option.flag.removeprefix("--").replace("-", "_")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_aprt import report as reports
+from pytest_aprt.errors import SettingsError
 from pytest_aprt.report import Report
 
 
@@ -19,6 +20,24 @@ def write(report: Report, folder: Path) -> None:
     reports.write(report, folder / "report.json")
     reports.write_text(folder / "report.md", markdown.render(report))
     reports.write_text(folder / "report.html", html.render(report))
+
+
+def add_step_summary(report: Report, path: Path) -> None:
+    """Add report.md to the summary of a GitHub step, which may hold that of others already.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    from pytest_aprt.render import markdown
+
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(markdown.render(report) + "\n")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write GITHUB_STEP_SUMMARY={path}: {error.strerror}; expected a file that a "
+            "GitHub step may add to"
+        ) from error
 
 
 def redraw(source: Path, page: Path) -> None:

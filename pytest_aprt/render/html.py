@@ -205,6 +205,12 @@ class Page:
         return tiles
 
     @property
+    def baseline(self) -> list[tuple[str, list[str]]]:
+        """What is worse, known and better than an earlier run, where one was given."""
+        found: dict[str, Any] = dict(self.report.get("baseline", {}))
+        return [(kind, found[kind]) for kind in ("worse", "known", "better") if kind in found]
+
+    @property
     def failed_self_tests(self) -> list[Any]:
         """Those checks of the instrument that failed."""
         return [test for test in self.report["self_test"] if not test["passed"]]

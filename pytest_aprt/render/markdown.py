@@ -45,6 +45,7 @@ def render(report: Report) -> str:
     sections = [
         "# Forward-pass parity",
         f"**{verdict['status']}** {_plain(verdict['summary'].partition(': ')[2], 2000)}",
+        _baseline(report),
         _sides(report),
         _origins(report),
         _self_tests(report),
@@ -98,6 +99,18 @@ def _sides(report: Report) -> str:
     ]  # fmt: skip
     engine = f"Engine: {_plain(model['engine'])}, arithmetic {_plain(model['arithmetic'])}."
     return _table(rows, ["", "source", "what", "sha256"]) + "\n\n" + engine
+
+
+def _baseline(report: Report) -> str:
+    if "baseline" not in report:
+        return ""
+    found = report["baseline"]
+    lines = [
+        f"- {kind}: {len(names)}" + (f" ({_plain(', '.join(names[:_ROWS]))})" if names else "")
+        for kind in ("worse", "known", "better")
+        for names in [found[kind]]
+    ]
+    return "Against the baseline:\n\n" + "\n".join(lines)
 
 
 def _origins(report: Report) -> str:

@@ -16,6 +16,7 @@ from pytest_aprt.render.words import (
     cosine,
     counts,
     layer_name,
+    passes,
     rel_l2,
     size,
     small,
@@ -23,7 +24,6 @@ from pytest_aprt.render.words import (
     worst_of,
 )
 from pytest_aprt.report import PointJson, Report
-from pytest_aprt.statuses import VERDICTS
 
 WIDTH = 80
 LINES = 25
@@ -58,11 +58,11 @@ def render(report: Report, saved_to: str | None, verbosity: int = 0) -> list[Lin
         verbosity: pytest's; below 0 the verdict's sentence alone, above 0 all points too.
     """
     verdict = report["verdict"]
-    colour = {"bold": True, "green" if VERDICTS[verdict["status"]] else "red": True}
+    colour = {"bold": True, "green" if passes(report) else "red": True}
     if verbosity < 0:
         return [Line(ascii_only(verdict["summary"]), colour)]
     head = [Line(text, colour) for text in _wrap(verdict["summary"], 4)]
-    head += _origins(report) + _failed_self_tests(report) + [Line("")]
+    head += _baseline(report) + _origins(report) + _failed_self_tests(report) + [Line("")]
     body = _points(report) if verbosity > 0 else _layers(report)
     kept = f"report: {saved_to}" if saved_to else "report: none kept (--aprt-report DIR keeps it)"
     tail = [Line(text) for text in _wrap(kept, 3)]
@@ -84,6 +84,21 @@ def _wrap(text: str, most: int, indent: str = "") -> list[str]:
         max_lines=most,
         placeholder=" ...",
     )
+
+
+def _baseline(report: Report) -> list[Line]:
+    if "baseline" not in report:
+        return []
+    found = report["baseline"]
+    lines = []
+    for kind, colour in (("worse", "red"), ("better", "green")):
+        if names := found[kind]:  # type: ignore[literal-required]
+            text = f"{kind} than the baseline: {', '.join(names[:3])}"
+            text += f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines += [Line(line, {colour: True}) for line in _wrap(text, 1)]
+    if not found["worse"]:
+        lines.append(Line(f"nothing is worse than the baseline; {len(found['known'])} known"))
+    return lines
 
 
 def _origins(report: Report) -> list[Line]:

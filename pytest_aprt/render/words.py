@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from pytest_aprt.report import MetricsJson, Number, OriginJson, PointJson, Report, SliceJson
+from pytest_aprt.statuses import VERDICTS
 
 SYMBOLS = {
     # status: its sign in a strip of layers
@@ -87,6 +88,14 @@ def excess(point: PointJson) -> float:
 def _or_infinite(value: Number) -> float:
     """Return a number; what is not one counts as the worst."""
     return math.inf if math.isnan(float(value)) else float(value)
+
+
+def passes(report: Report) -> bool:
+    """Return whether the gate lets the run pass."""
+    status = report["verdict"]["status"]
+    if status == "DIVERGED" and "baseline" in report:
+        return not report["baseline"]["worse"]
+    return VERDICTS[status]
 
 
 def counts(report: Report) -> str:

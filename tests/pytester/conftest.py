@@ -9,6 +9,7 @@ import families
 import harness
 import pytest
 
+import pytest_aprt.render.html  # loads matplotlib, for the same reason
 import pytest_aprt.run
 from pytest_aprt.pair import open_headers, open_pair
 from pytest_aprt.testing import write_random_pair
