@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from pytest_aprt.commands import diff, trace
+from pytest_aprt.commands import diff, report, trace
 from pytest_aprt.errors import AprtError
 
 OK, MISSED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -29,6 +29,8 @@ COMMANDS = (
             trace.add_arguments, trace.run),
     Command("diff", "compare two APRT tensors, or two folders of them",
             diff.add_arguments, diff.run),
+    Command("report", "draw report.html again from a report.json",
+            report.add_arguments, report.run),
 )  # fmt: skip
 """Every subcommand. A module imports numpy and torch when it runs, not before."""
 
