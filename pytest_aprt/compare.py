@@ -110,9 +110,7 @@ def non_finite(tensor: Tensor, view: View) -> int:
     return int((~torch.isfinite(values) & view.counted(values.shape)).sum())
 
 
-def measure(
-    a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False
-) -> Metrics:
+def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False) -> Metrics:
     """Return the metrics of two tensors of one stage; rows with non-finite values are left out.
 
     Args:
