@@ -121,10 +121,11 @@ def test_the_largest_difference_is_told_as_coordinates(stage, shape, place, expe
 def test_top_diffs_are_ordered_and_few():
     b = torch.zeros(3, 4)
     a = torch.arange(12.0).reshape(3, 4)
-    sizes = [abs(d.a - d.b) for d in measure(a, b, view("attn_norm")).top_diffs]
+    sizes = [abs(d.a - d.b) for d in measure(a, b, view("attn_norm"), TOP_DIFFS).top_diffs]
     assert sizes == [11.0, 10.0, 9.0, 8.0, 7.0]
     assert len(sizes) == TOP_DIFFS
-    assert len(metrics([[1.0, 2.0]], [[1.0, 2.0]]).top_diffs) == 2
+    few = measure(torch.ones(1, 2), torch.ones(1, 2), view("attn_norm"), TOP_DIFFS)
+    assert len(few.top_diffs) == 2
 
 
 def test_the_worst_token_is_the_one_off_most_by_its_own_norm():

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from harness import FIXTURES, TOKENS, builtin, checked, fixture_pair, origins_of, verdict_of  # noqa: E402
+from harness import FIXTURES, TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of  # noqa: E402
 
 from faults.captures import BROKEN, broken  # noqa: E402
 from faults.corpus import FAULTS, Fault  # noqa: E402
@@ -164,6 +164,42 @@ def fault_cases() -> Iterator[Case]:
                 where = {None: "end", -1: "all"}.get(here.layer, f"layer {here.layer}")
                 run = partial(run_fault_named, family, fault.name, here.layer, arithmetic)
                 yield Case("fault", family, fault.name, arithmetic, where, run)
+
+
+# Shifting every position leaves attention as it was: only Q and K themselves show it.
+UNSEEN_FROM_OUTSIDE = {"rope-off-by-one"}
+
+
+def run_hidden(
+    family: str, name: str, arithmetic: str, subset: str
+) -> tuple[str, float | None, str]:
+    """A fault in a stage that the engine does not expose belongs to the bracket that spans it."""
+    pair, shown = cached_pair(family), SUBSETS[subset]
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    engine = faulty(pair, fault, **ARITHMETICS[arithmetic])
+    verdict = verdict_of(pair, checked(pair, Hiding(engine, shown)))
+    expected: set[Point] = set()
+    for planted in (Point(fault.layer, stage) for stage in fault.changes):
+        after = [p for p in pair.graph.points if p == planted or planted in pair.graph.ancestors(p)]
+        after = [p for p in after if shown(p.layer, p.stage)]
+        expected |= {p for p in after if not pair.graph.ancestors(p) & set(after)}
+    found = {judged.point for judged in verdict.origins}
+    right = found == expected
+    return ("found" if right else "missed" if expected - found else "spurious"), None, (
+        "" if right else verdict.summary
+    )  # fmt: skip
+
+
+def hidden_cases() -> Iterator[Case]:
+    subsets = ("layer-outputs", "no-scores", "residuals")
+    for i, fault in enumerate(f for f in FAULTS if f.layer != -1):
+        families = [f for f in FAMILIES if fault.needs(cached_pair(f))]
+        if fault.name in UNSEEN_FROM_OUTSIDE:
+            continue
+        for k, arithmetic in enumerate(("float32", "q8_k")):
+            family, subset = families[(i + k) % len(families)], subsets[(i // 2 + k) % 3]
+            yield Case("fault", family, fault.name, arithmetic, f"only {subset}",
+                       partial(run_hidden, family, fault.name, arithmetic, subset))  # fmt: skip
 
 
 def run_fault_named(
@@ -346,7 +382,12 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        cases = [*fault_cases(), *clean_cases(quantised(Path(folder))), *broken_cases()]
+        cases = [
+            *fault_cases(),
+            *hidden_cases(),
+            *clean_cases(quantised(Path(folder))),
+            *broken_cases(),
+        ]
         cases = [
             c for c in cases if options.only in f"{c.group} {c.family} {c.what} {c.arithmetic}"
         ]

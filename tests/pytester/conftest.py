@@ -48,6 +48,13 @@ def pytest_aprt_model(config):
 """
 
 
+@pytest.fixture(autouse=True)
+def _not_within_a_worker(monkeypatch):
+    """Runs inside are told nothing of the xdist worker that this test may run in."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     """The paths of a GGUF and its Hugging Face folder.
