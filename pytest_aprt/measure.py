@@ -24,7 +24,7 @@ from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
 from pytest_aprt.replay import UnfitError, visible
 from pytest_aprt.rounding import fits
-from pytest_aprt.rungs import TensorRow, layer_rows, model_rows
+from pytest_aprt.rungs.weights import TensorRow, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.facts import FACTS
+from pytest_aprt.rungs import ROW_STATUSES, tokens
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS, VERDICTS
 
@@ -33,6 +34,7 @@ class Outcome:
 def test_names(headers: Headers, points: Iterable[Point]) -> list[str]:
     """Return the names of all tests in the order of the ladder, from headers alone."""
     names = [f"selftest-{name}" for name in SELF_TESTS]
+    names += [f"tokens-{name}" for name in tokens.NAMES]
     names += [f"config-{name}" for name in FACTS]
     names += [f"weights-{name}" for name in _tensor_names(headers)]
     names += [str(point) for point in points]
@@ -135,8 +137,25 @@ def _point(report: Report, name: str) -> Outcome:
     )
 
 
+def _row(rung: str) -> Callable[[Report, str], Outcome]:
+    """Return what tells the outcome of a row of ``rung``."""
+
+    def outcome(report: Report, name: str) -> Outcome:
+        rows: Any = report["ladder"][rung]  # type: ignore[literal-required]
+        row = next(r for r in rows if r["name"] == name)
+        return Outcome(
+            outcome=ROW_STATUSES[row["status"]],
+            text=f"{rung} {name}: {row['reason'] or row['status']}",
+            properties={key: value for key, value in row.items() if isinstance(value, _SCALARS)},
+        )
+
+    return outcome
+
+
+_SCALARS = (bool, int, float, str)
 _RUNGS: dict[str, Callable[[Report, str], Outcome]] = {
     "selftest": _self_test,
+    "tokens": _row("tokens"),
     "config": _config,
     "weights": _weights,
 }

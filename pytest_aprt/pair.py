@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.architectures import ROPE_DIVISORS, Architecture, architecture_of
@@ -46,6 +48,15 @@ class Pair:
         """The layers on which the replay itself is tested: the first of each kind, and the head."""
         windows = self.oracle_facts.windows
         return frozenset({windows.index(kind) for kind in windows} | {None})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The oracle's tokenizer, as transformers loads it.
+
+        Raises:
+            SourceError: the oracle has none.
+        """
+        return tokenizer_of(self.oracle.path)
 
 
 def open_headers(weights: str, oracle: str) -> Headers:
@@ -146,3 +157,23 @@ def _require_tensors(gguf: GgufFile, architecture: Architecture, facts: Facts) -
                 f"{gguf.path}: tensor {name} is missing: expected in every "
                 f"{architecture.name} model of {facts.layers} layers; convert the file again"
             )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of a Hugging Face folder.
+
+    Raises:
+        SourceError: it has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if len(found) <= len(found.added_tokens_decoder):
+            raise ValueError("it has no vocabulary")  # a class without files makes one of none
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{folder}: it has no tokenizer that transformers can load "
+            f"({str(error).splitlines()[0]}); give token ids instead"
+        ) from error
+    return found

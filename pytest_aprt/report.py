@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 
@@ -22,7 +22,9 @@ from pytest_aprt.stages import Point
 if TYPE_CHECKING:
     from pytest_aprt.compare import Metrics, Slice
     from pytest_aprt.measure import Measurement, PointErrors, Prompt
-    from pytest_aprt.rungs import FactRow, TensorRow
+    from pytest_aprt.rungs import Row
+    from pytest_aprt.rungs.config import FactRow
+    from pytest_aprt.rungs.weights import TensorRow
     from pytest_aprt.verdict import Judged, Verdict
 
 SCHEMA: Literal["aprt-report-v1"] = "aprt-report-v1"
@@ -243,6 +245,7 @@ class TensorJson(TypedDict):
 class LadderJson(TypedDict):
     """The rungs beside the stages."""
 
+    tokens: list[dict[str, Any]]  # rows as of logits, decode and path: see _row
     config: list[FactJson]
     weights: list[TensorJson]
 
@@ -282,6 +285,7 @@ def build(
     oracle: OracleJson,
     measurement: Measurement,
     facts: list[FactRow],
+    rungs: Mapping[str, Sequence[Row]],
     verdict: Verdict,
     notes: list[str],
     graph: Any,
@@ -318,6 +322,7 @@ def build(
             {"name": t.name, "passed": t.passed, "detail": t.detail} for t in measurement.self_tests
         ],
         "ladder": {
+            "tokens": [_row(row) for row in rungs["tokens"]],
             "config": [_fact(row) for row in facts],
             "weights": [_tensor(row) for row in measurement.tensors],
         },
@@ -482,10 +487,21 @@ def _tensor(row: TensorRow) -> TensorJson:
     }
 
 
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "status": row.status,
+        "reason": row.reason,
+        **{key: _plain(value) for key, value in row.figures.items()},
+    }
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {k: _plain(v) for k, v in dataclasses.asdict(value).items()}
-    if isinstance(value, tuple):
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     return number(value) if isinstance(value, float) else value
 

@@ -9,19 +9,19 @@ import uuid
 from collections import Counter
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
 from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.consensus import in_words
-from pytest_aprt.errors import SettingsError, SourceError
+from pytest_aprt.errors import SettingsError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.prompts import PROMPT_SETS, Cut
-from pytest_aprt.rungs import fact_rows
+from pytest_aprt.rungs.config import fact_rows
+from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.settings import Settings
 from pytest_aprt.verdict import Threshold, conclude
 
@@ -60,7 +60,10 @@ def run(
         stage: Threshold(cosine=cosine, source=source)
         for stage, (cosine, source) in settings.thresholds.items()
     }
-    verdict = conclude(pair.graph, points, measurement, facts, thresholds, strict=settings.strict)
+    rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
+    verdict = conclude(
+        pair.graph, points, measurement, facts, thresholds, rungs, strict=settings.strict
+    )
     return report.build(
         run={
             "id": uuid.uuid4().hex,
@@ -90,6 +93,7 @@ def run(
         },
         measurement=measurement,
         facts=facts,
+        rungs=rungs,
         verdict=verdict,
         notes=_notes(prompts),
         graph=pair.graph,
@@ -107,8 +111,7 @@ def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
     texts = [Cut(text) for text in settings.prompts]
     texts += [cut for name in settings.prompt_sets for cut in PROMPT_SETS[name]]
     if texts:
-        tokenizer = tokenizer_of(pair.oracle.path)
-        prompts += [_tokenised(tokenizer, cut) for cut in texts]
+        prompts += [_tokenised(pair.tokenizer, cut) for cut in texts]
     for prompt in prompts:
         if not prompt.tokens:
             raise SettingsError(f"prompt {prompt.text!r} has no tokens: expected some text")
@@ -127,23 +130,6 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
         return Prompt(text=cut.text, tokens=tokens)
     tokens = tokens[: cut.tokens]
     return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer of a Hugging Face folder.
-
-    Raises:
-        SourceError: it has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        raise SourceError(
-            f"{folder}: it has no tokenizer that transformers can load "
-            f"({str(error).splitlines()[0]}); give token ids instead"
-        ) from error
 
 
 def _engine(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[Engine, str]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from pytest_aprt.compare import Metrics
 from pytest_aprt.hints import hint_for
 from pytest_aprt.measure import Measurement, PointErrors
-from pytest_aprt.rungs import STAGE_OF_TENSOR, FactRow, TensorRow
+from pytest_aprt.rungs import LADDER, Row
+from pytest_aprt.rungs.config import FactRow
+from pytest_aprt.rungs.weights import STAGE_OF_TENSOR, TensorRow
 from pytest_aprt.stages import STAGES, Point, StageGraph
 from pytest_aprt.statuses import STATUSES
 
@@ -83,6 +87,7 @@ def conclude(
     measurement: Measurement,
     facts: Sequence[FactRow],
     thresholds: Mapping[str, Threshold],
+    rungs: Mapping[str, Sequence[Row]] = MappingProxyType({}),
     *,
     strict: bool = False,
 ) -> Verdict:
@@ -94,6 +99,7 @@ def conclude(
         measurement: all errors, tensors and self-tests.
         facts: the config rung.
         thresholds: of each stage, on `engine` and `total`.
+        rungs: the rows of the further rungs, by name.
         strict: fail every point whose `total` is below its threshold.
     """
     broken_facts = [row for row in facts if row.broken]
@@ -124,10 +130,15 @@ def conclude(
         status, rung = "INCONCLUSIVE", "stages"
         summary = "no point could be judged: " + (points[0].reason if points else "there is none")
     else:
-        rung = "config" if broken_facts else "weights" if broken_tensors else None
-        rung = rung or ("stages" if origins else None)
+        broken: dict[str, Sequence[Any]] = {
+            "config": broken_facts,
+            "weights": broken_tensors,
+            "stages": origins,
+            **{name: [row for row in rows if row.broken] for name, rows in rungs.items()},
+        }
+        rung = next((name for name in LADDER if broken.get(name)), None)
         status = "DIVERGED" if rung else _quiet_status(judged)
-        summary = _summary(rung, broken_facts, broken_tensors, origins, judged, graph, by_point)
+        summary = _summary(rung, broken, judged, graph, by_point)
     return Verdict(
         status=status, summary=f"{status}: {summary}", rung=rung, points=points, origins=origins
     )
@@ -231,25 +242,17 @@ def _quiet_status(judged: Sequence[Judged]) -> str:
 
 def _summary(
     rung: str | None,
-    facts: Sequence[FactRow],
-    tensors: Sequence[TensorRow],
-    origins: Sequence[Judged],
+    broken: Mapping[str, Sequence[Any]],
     judged: Sequence[Judged],
     graph: StageGraph,
     by_point: Mapping[Point, Sequence[PointErrors]],
 ) -> str:
-    if rung == "config":
-        fact = facts[0]
-        return f"config {fact.name} is {fact.model} in the model, {fact.oracle} in the oracle" + (
-            _further(len(facts) - 1, "fact") + _origins_too(origins)
-        )
-    if rung == "weights":
-        tensor = tensors[0]
-        return f"weights {tensor.name} {tensor.reason}" + (
-            _further(len(tensors) - 1, "tensor") + _origins_too(origins)
-        )
     if rung == "stages":
-        return _first_origin(origins, graph, by_point)
+        return _first_origin(broken["stages"], graph, by_point)
+    if rung is not None:
+        first, *more = broken[rung]
+        further = _further(len(more), _NOUNS.get(rung, "test")) + _origins_too(broken["stages"])
+        return f"{rung} {first.name} {first.reason}{further}"
     lowest = min(judged, key=_total_cosine)
     cosine, where = _total_cosine(lowest), lowest.point
     if _quiet_status(judged) == "PARITY":
@@ -265,6 +268,10 @@ def _summary(
 def _total_cosine(judged: Judged) -> float:
     total = judged.errors.total if judged.errors else None
     return total.cosine if total and not math.isnan(total.cosine) else math.inf
+
+
+_NOUNS = {"config": "fact", "weights": "tensor", "decode": "step"}
+"""What a row of a rung is."""
 
 
 def _first_origin(

@@ -10,7 +10,7 @@ from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
-from pytest_aprt.rungs import fact_rows
+from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.stages import STAGES
 from pytest_aprt.testing import NumpyEngine
 from pytest_aprt.verdict import Threshold, Verdict, conclude

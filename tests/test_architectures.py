@@ -17,7 +17,7 @@ from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers, open_pair
-from pytest_aprt.rungs import fact_rows
+from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.testing import NumpyEngine, write_random_pair
 
 TOKENS = (5, 9, 3, 3, 77, 12, 50, 1, 2, 3, 9, 90, 41)

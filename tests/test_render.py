@@ -285,7 +285,7 @@ def test_the_command_keeps_its_lines_and_a_mention_mentions_nobody():
 def test_rungs_of_any_form_become_tables():
     report = with_later_rungs(with_broken_rungs(report_of("clean")))
     found = {r.name: r for r in rungs(report["ladder"])}
-    assert list(found) == ["config", "weights", "tokens", "logits", "decode"]
+    assert list(found) == ["tokens", "config", "weights", "logits", "decode"]
     assert found["config"].bad == 1
     assert found["config"].rows[0].mark == BAD
     assert found["config"].columns[:3] == ("name", "model", "oracle")

@@ -10,7 +10,8 @@ import pytest
 from pytest_aprt.architectures import ARCHITECTURES
 from pytest_aprt.compare import Metrics, Slice
 from pytest_aprt.measure import Measurement, PointErrors
-from pytest_aprt.rungs import FactRow, TensorRow
+from pytest_aprt.rungs.config import FactRow
+from pytest_aprt.rungs.weights import TensorRow
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point
 from pytest_aprt.statuses import STATUSES, VERDICTS

@@ -196,7 +196,7 @@ def _tokens(arguments: argparse.Namespace, model: _Model) -> tuple[int, ...]:
 
 
 def _split(arguments: argparse.Namespace, model: _Model) -> tuple[int, ...]:
-    from pytest_aprt.run import tokenizer_of
+    from pytest_aprt.pair import tokenizer_of
     from pytest_aprt.sources.hf import HfFolder
 
     folder = model.tokenizer

@@ -1,36 +1,21 @@
-"""The rungs of the ladder beside the stages: configuration facts and weight tensors."""
+"""The weights rung: every tensor of the GGUF against the oracle's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
-from pytest_aprt.facts import FACTS, agree
 from pytest_aprt.quants import QUANT_TYPES
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactRow:
-    """One fact as both sides state it. ``broken`` where a difference changes this run's result."""
-
-    name: str
-    model: Any
-    oracle: Any
-    key: str
-    config: str
-    agree: bool
-    broken: bool
-    feeds: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +38,6 @@ class TensorRow:
     def broken(self) -> bool:
         """Whether the quantisation type does not explain the distance."""
         return bool(self.reason)
-
-
-def fact_rows(pair: Pair, tokens: int) -> list[FactRow]:
-    """Return the config rung for prompts of at most ``tokens``."""
-    model, oracle = pair.model_facts, pair.oracle_facts
-    rows = []
-    for fact in FACTS.values():
-        a, b = getattr(model, fact.field), getattr(oracle, fact.field)
-        same = agree(a, b)
-        rows.append(
-            FactRow(
-                name=fact.name,
-                model=a,
-                oracle=b,
-                key=fact.key,
-                config=fact.config,
-                agree=same,
-                broken=not same and fact.matters(model, oracle, tokens),
-                feeds=fact.feeds,
-            )
-        )
-    return rows
 
 
 def layer_rows(pair: Pair, layer: int) -> list[TensorRow]:
