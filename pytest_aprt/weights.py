@@ -58,6 +58,10 @@ class HfWeights:
         self._tied = facts.tied_embeddings
         self.layer = _LayerCache(self._load)
 
+    def name_in(self, index: int, suffix: str) -> str:
+        """Return the checkpoint's name of a layer's tensor."""
+        return f"model.layers.{index}.{suffix}"
+
     def name_of(self, name: str) -> str:
         """Return the checkpoint's name of a whole-model tensor; a tied head is the embedding."""
         return EMBEDDING if name == HEAD and self._tied else name
@@ -72,7 +76,7 @@ class HfWeights:
 
     def _load(self, index: int) -> dict[str, torch.Tensor]:
         return {
-            suffix: self._folder.tensor(f"model.layers.{index}.{suffix}")
+            suffix: self._folder.tensor(self.name_in(index, suffix))
             for suffix in self._architecture.layer_tensors
         }
 
@@ -112,10 +116,13 @@ class GgufWeights:
         """Return whether the file holds a layer's tensor."""
         return self._architecture.layer_tensor(layer, suffix) in self._file.tensors
 
+    def layer_tensor(self, index: int, suffix: str) -> torch.Tensor:
+        """Return one tensor of a layer, read anew, in Hugging Face order."""
+        return self._in_hf_order(suffix, self._read(index, suffix))
+
     def _load(self, index: int) -> dict[str, torch.Tensor]:
         return {
-            suffix: self._in_hf_order(suffix, self._read(index, suffix))
-            for suffix in self._architecture.layer_tensors
+            suffix: self.layer_tensor(index, suffix) for suffix in self._architecture.layer_tensors
         }
 
     def _read(self, index: int, suffix: str) -> torch.Tensor:

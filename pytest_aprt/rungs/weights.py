@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pytest_aprt.quants import QUANT_TYPES
+from pytest_aprt.rungs.diagnosis import Case, diagnose
+from pytest_aprt.rungs.distances import ratio, squares, worst_block
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
 
@@ -47,10 +49,9 @@ def layer_rows(pair: Pair, layer: int) -> list[TensorRow]:
     for suffix, gguf_suffix in pair.architecture.layer_tensors.items():
         name = f"blk.{layer}.{gguf_suffix}"
         if not pair.model_weights.has(layer, suffix):
-            rows.append(_row(pair, name, layer, suffix, math.nan, "missing in the GGUF"))
+            rows.append(_row(pair, name, layer, suffix, math.nan, "is missing in the GGUF"))
             continue
-        sums = _squares(model[suffix], oracle[suffix])
-        rows.append(_row(pair, name, layer, suffix, _distance(*sums)))
+        rows.append(_judged(pair, name, layer, suffix, [(model[suffix], oracle[suffix])]))
     return rows
 
 
@@ -62,7 +63,7 @@ def model_rows(pair: Pair) -> list[TensorRow]:
         shares_embedding = suffix == HEAD and name == pair.model_weights.name_of(EMBEDDING)
         if shares_embedding and pair.oracle_facts.tied_embeddings:
             continue  # judged once, as the embedding
-        rows.append(_row(pair, name, None, suffix, _distance(*_streamed(pair, suffix))))
+        rows.append(_judged(pair, name, None, suffix, _parts(pair, suffix)))
     known = {row.name for row in rows} | set(pair.architecture.parameter_tensors)
     known |= {
         pair.architecture.layer_tensor(layer, suffix)
@@ -71,7 +72,7 @@ def model_rows(pair: Pair) -> list[TensorRow]:
     }
     for name in pair.gguf.tensors:
         if name not in known:
-            rows.append(_row(pair, name, None, "", math.nan, "no such tensor in this architecture"))
+            rows.append(_row(pair, name, None, "", math.nan, "is no tensor of this architecture"))
     return rows
 
 
@@ -85,16 +86,54 @@ STAGE_OF_TENSOR = {name: stage.name for stage in STAGES.values() for name in sta
 """Which stage reads a tensor, by the tensor's Hugging Face name."""
 
 
+def _judged(
+    pair: Pair, name: str, layer: int | None, suffix: str, parts: Iterable[tuple[Tensor, Tensor]]
+) -> TensorRow:
+    """Judge a tensor that comes in parts of some rows, as a whole and by its worst block.
+
+    A matrix over the vocabulary is never held as a whole: the part that holds its worst block, or
+    its largest error, is what is looked at closely.
+    """
+    bound, block_bound = bounds = _bounds(pair, name)
+    error = norm = 0.0
+    start = 0
+    suspect: tuple[float, int, Case] | None = None
+    has_bad_block = False
+    for model, oracle in parts:
+        part = squares(model, oracle)
+        block, _, _ = worst_block(model, oracle)
+        has_bad_block |= block > block_bound
+        sizes = (ratio(*part) / bound, block / block_bound)
+        size = math.inf if math.isnan(sizes[0]) else max(sizes)
+        if size > 1 and (suspect is None or size > suspect[0]):
+            suspect = size, start, Case(pair, layer, suffix, model, oracle, bounds)
+        error, norm, start = error + part[0], norm + part[1], start + len(model)
+    rel_l2 = ratio(error, norm)
+    if suspect is None or (rel_l2 <= bound and not has_bad_block):
+        return _row(pair, name, layer, suffix, rel_l2)
+    _, first, case = suspect
+    where = f" (from row {first} on)" if first else ""
+    return _row(pair, name, layer, suffix, rel_l2, f"{diagnose(case)}{where}")
+
+
+def _bounds(pair: Pair, name: str) -> tuple[float, float]:
+    """Return what the tensor's type explains: of the tensor, and of a block."""
+    info = pair.gguf.tensors.get(name)
+    kind = QUANT_TYPES.get(info.type) if info else None
+    return (kind.bound, kind.block_bound) if kind else (math.inf, math.inf)
+
+
 def _row(
-    pair: Pair, name: str, layer: int | None, suffix: str, rel_l2: float, reason: str = ""
+    pair: Pair, name: str, layer: int | None, suffix: str, rel_l2: float, diagnosis: str = ""
 ) -> TensorRow:
     info = pair.gguf.tensors.get(name)
     kind = info.type if info else ""
     bound = QUANT_TYPES[kind].bound if kind in QUANT_TYPES else math.nan
-    if not reason and kind not in QUANT_TYPES:
-        reason = f"no bound is known for type {kind}"
-    if not reason and not rel_l2 <= bound:
-        reason = f"{rel_l2:.3g} from the oracle's tensor: {kind} explains at most {bound:.3g}"
+    reason = diagnosis
+    if not diagnosis and kind not in QUANT_TYPES:
+        reason = f"cannot be judged: no bound is known for type {kind}"
+    elif diagnosis and not math.isnan(rel_l2):
+        reason += f" ({rel_l2:.3g} from the oracle's tensor: {kind} explains {bound:.3g})"
     return TensorRow(
         name=name,
         layer=layer,
@@ -107,33 +146,10 @@ def _row(
     )
 
 
-def _streamed(pair: Pair, suffix: str) -> tuple[float, float]:
+def _parts(pair: Pair, suffix: str) -> Iterator[tuple[Tensor, Tensor]]:
+    model, oracle = pair.model_weights, pair.oracle_weights
     if suffix == FINAL_NORM:
-        return _squares(pair.model_weights.tensor(suffix), pair.oracle_weights.tensor(suffix))
-    sums = [0.0, 0.0]
+        yield model.tensor(suffix), oracle.tensor(suffix)
+        return
     for rows in row_chunks(pair.oracle_facts.vocab):
-        part = _squares(
-            pair.model_weights.rows(suffix, rows), pair.oracle_weights.rows(suffix, rows)
-        )
-        sums = [a + b for a, b in zip(sums, part, strict=True)]
-    return sums[0], sums[1]
-
-
-def _squares(model: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """Return ``|model - oracle|^2`` and ``|oracle|^2``, summed in float64 a few rows at a time."""
-    error = norm = 0.0
-    for a, b in zip(_blocks(model), _blocks(oracle), strict=True):
-        b = b.double()
-        error += float((a.double() - b).square().sum())
-        norm += float(b.square().sum())
-    return error, norm
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.split(max(1, (1 << 20) // max(1, tensor[0].numel())))
-
-
-def _distance(error: float, norm: float) -> float:
-    if norm:
-        return math.sqrt(error / norm)
-    return math.inf if error else 0.0
+        yield model.rows(suffix, rows), oracle.rows(suffix, rows)

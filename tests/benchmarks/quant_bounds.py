@@ -4,7 +4,8 @@
 
 Quantises every matrix of the trained fixtures and some heavy-tailed random ones with llama.cpp's
 own quantiser (extra ``llamacpp``), without and with an importance matrix, and prints the relative
-L2 distance to what gguf-py reads back: median and worst.
+L2 distance to what gguf-py reads back: median and worst of whole tensors, and the worst of any
+block of 32 in a row.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from tabulate import tabulate
 
+from pytest_aprt.rungs.distances import worst_block
 from pytest_aprt.sources.hf import HfFolder
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -83,7 +86,10 @@ def matrices() -> dict[str, list[np.ndarray]]:
     return {name: [np.ascontiguousarray(a, np.float32) for a in v] for name, v in data.items()}
 
 
-def distance(lib: ctypes.CDLL, kind: str, w: np.ndarray, importance: np.ndarray | None) -> float:
+def distance(
+    lib: ctypes.CDLL, kind: str, w: np.ndarray, importance: np.ndarray | None
+) -> tuple[float, float]:
+    """Return the distance of the whole tensor, and of its worst block."""
     qtype = GGMLQuantizationType[kind]
     block, size = GGML_QUANT_SIZES[qtype]
     out = np.empty((w.shape[0], w.shape[1] // block * size), np.uint8)
@@ -92,7 +98,8 @@ def distance(lib: ctypes.CDLL, kind: str, w: np.ndarray, importance: np.ndarray 
         int(qtype), w.ctypes.data, out.ctypes.data, 0, w.shape[0], w.shape[1], pointer
     )
     back = dequantize(out, qtype).reshape(w.shape)
-    return float(np.linalg.norm(back - w) / np.linalg.norm(w))
+    worst, _, _ = worst_block(torch.from_numpy(back), torch.from_numpy(w))
+    return float(np.linalg.norm(back - w) / np.linalg.norm(w)), worst
 
 
 def main() -> None:
@@ -102,7 +109,7 @@ def main() -> None:
     for kind in TYPES:
         block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
         found: list[tuple[float, str]] = []
-        trained = []
+        trained, blocks = [], []
         for name, arrays in data.items():
             for w in arrays:
                 if w.shape[1] % block:
@@ -110,11 +117,13 @@ def main() -> None:
                 importance = np.exp(rng.normal(size=w.shape[1])).astype(np.float32)
                 asked = [importance] if kind in NEEDS_IMPORTANCE else [None, importance]
                 errors = [distance(lib, kind, w, each) for each in asked]
-                found += [(error, name) for error in errors]
-                trained += errors if name.startswith("tiny") else []
+                found += [(error, name) for error, _ in errors]
+                blocks += [(block, name) for _, block in errors]
+                trained += [error for error, _ in errors] if name.startswith("tiny") else []
         worst, where = max(found)
-        rows.append([kind, np.median(trained), max(trained), worst, where])
-    head = ["type", "trained: median", "trained: worst", "worst of all", "on"]
+        rows.append([kind, np.median(trained), max(trained), worst, where, *max(blocks)])
+        print(*rows[-1], flush=True)
+    head = ["type", "trained: median", "trained: worst", "worst of all", "on", "block", "on"]
     print(tabulate(rows, head, floatfmt=".4f"))
 
 

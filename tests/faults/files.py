@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf.quants
 import numpy as np
 
 from pytest_aprt.sources.gguf import GgufFile
@@ -23,8 +24,8 @@ def rewritten(
 ) -> Path:
     """Copy a GGUF with other metadata and other tensors.
 
-    ``metadata`` maps keys to values or GONE; ``tensors`` maps names to float32 arrays (quantised
-    as the tensor was, if gguf-py can, else F32), to ``(raw, type)`` or to GONE.
+    ``metadata`` maps keys to values or GONE; ``tensors`` maps names to float32 arrays (matrices
+    are stored as Q4_0, vectors as F32), to ``(raw, type)`` or to GONE.
     """
     metadata, tensors = dict(metadata or {}), dict(tensors or {})
     with GgufFile.open(source) as file:
@@ -64,7 +65,13 @@ def write(writer, name: str, value, info) -> None:
         else:
             writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=kind)
         return
-    writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    value = np.ascontiguousarray(value, np.float32)
+    if value.ndim == 1:
+        writer.add_tensor(name, value)
+        return
+    kind = gguf.GGMLQuantizationType.Q4_0
+    with np.errstate(all="ignore"):  # some are not finite on purpose
+        writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
 
 
 def add(writer, key: str, value) -> None:

@@ -112,3 +112,115 @@ TOKEN_FAULTS = (
                                     **listed("token_type", shortened)(old)},
               says="has 1023 tokens in the model", found=tests("vocabulary")),
 )  # fmt: skip
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The tensor's dequantised values changed, and quantised anew."""
+    return lambda file: {name: change(file.tensor(name).copy())}
+
+
+def raw(name: str, of: str) -> Callable[[Any], Any]:
+    """The tensor with another's bytes."""
+    return lambda file: {name: (file.raw(of).copy(), file.tensors[of].type)}
+
+
+def exchanged(a: str, b: str) -> Callable[[Any], Any]:
+    return lambda file: {**raw(a, b)(file), **raw(b, a)(file)}
+
+
+def times(place: Any, factor: float) -> Callable[[Any], Any]:
+    def change(values: Any) -> Any:
+        values[place] *= factor
+        return values
+
+    return change
+
+
+def in_pairs(heads: int) -> Callable[[Any], Any]:
+    """Rows permuted as the conversion of Llama does."""
+    return lambda w: w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def in_halves(heads: int) -> Callable[[Any], Any]:
+    return lambda w: w.reshape(heads, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def rows_exchanged(a: int, b: int) -> Callable[[Any], Any]:
+    def change(values: Any) -> Any:
+        values[[a, b]] = values[[b, a]]
+        return values
+
+    return change
+
+
+def weight_fault(name: str, where: str, says: str, like: str, tensors: Any, *more: str,
+                 family: str = "qwen2") -> FileFault:  # fmt: skip
+    return FileFault(name=name, rung="weights", like=like, says=says, tensors=tensors,
+                     family=family, found=tests(where, *more))  # fmt: skip
+
+
+Q, K, V, OUT = (f"blk.1.attn_{part}.weight" for part in ("q", "k", "v", "output"))
+GATE, UP, DOWN = (f"blk.1.ffn_{part}.weight" for part in ("gate", "up", "down"))
+NORM = "blk.1.attn_norm.weight"
+
+WEIGHT_FAULTS = (
+    weight_fault("transposed", OUT, "is transposed", "a square matrix stored in the other order",
+                 tensor(OUT, lambda w: w.T)),
+    weight_fault("reshaped-transposed", DOWN, "is transposed", "(K, N) read as (N, K)",
+                 tensor(DOWN, lambda w: w.T.reshape(w.shape))),
+    weight_fault("rope-permuted", Q, "for rotary pairs of neighbours although", "rows permuted for "
+                 "a family that rotates halves", tensor(Q, in_pairs(4))),
+    weight_fault("rope-bias-permuted", "blk.1.attn_k.bias", "for rotary pairs of neighbours",
+                 "the bias permuted with its matrix", tensor("blk.1.attn_k.bias", in_pairs(2))),
+    weight_fault("rope-permuted-twice", Q, "neighbours twice", "a converted file converted again",
+                 tensor(Q, in_pairs(4)), family="llama"),
+    weight_fault("rope-not-permuted", K, "not permuted for rotary pairs", "llama.cpp: permute left "
+                 "out for K", tensor(K, in_halves(2)), family="llama"),
+    weight_fault("gate-and-up-swapped", GATE, f"is swapped with {UP}", "gate_up split the wrong "
+                 "way round", exchanged(GATE, UP), UP),
+    weight_fault("layers-swapped", DOWN, "is swapped with blk.2.ffn_down.weight", "layers "
+                 "sorted by text: 10 before 2", exchanged(DOWN, "blk.2.ffn_down.weight"),
+                 "blk.2.ffn_down.weight"),
+    weight_fault("duplicated-layer", UP, "is a duplicate of blk.0.ffn_up.weight", "a shard read "
+                 "twice", raw(UP, "blk.0.ffn_up.weight")),
+    weight_fault("zeros", V, "is all zeros", "a tensor that was allocated and never read",
+                 tensor(V, lambda w: w * 0)),
+    weight_fault("constant", NORM, "is 1 everywhere", "a norm left at its initial value",
+                 tensor(NORM, lambda w: w * 0 + 1)),
+    weight_fault("norm-plus-one", NORM, "offset by one too large: 1 was added", "Gemma's norm "
+                 "offset, added to another family", tensor(NORM, lambda w: w + 1)),
+    weight_fault("norm-minus-one", "output_norm.weight", "offset by one too small",
+                 "the offset taken off in conversion",
+                 tensor("output_norm.weight", lambda w: w - 1)),
+    weight_fault("scaled", DOWN, "is scaled by 1.29", "a global scale applied twice",
+                 tensor(DOWN, lambda w: w * 1.3)),
+    weight_fault("sign", "blk.1.attn_q.bias", "has its sign turned", "a bias subtracted",
+                 tensor("blk.1.attn_q.bias", lambda w: -w)),
+    weight_fault("bad-row", GATE, "rows that are wrong (all zeros): 7 of", "one row never written",
+                 tensor(GATE, times(7, 0))),
+    weight_fault("bad-block", GATE, "has a bad block: row 9, columns 64 to 95 (1.8", "one block's "
+                 "scale", tensor(GATE, times((9, slice(64, 96)), 1.8))),
+    weight_fault("zero-block", DOWN, "row 3, columns 32 to 63 (all zeros)", "a block past the end "
+                 "of a buffer", tensor(DOWN, times((3, slice(32, 64)), 0))),
+    weight_fault("rows-swapped", V, "has its rows 3 and 5 swapped", "an index off in a repack",
+                 tensor(V, rows_exchanged(3, 5))),
+    weight_fault("rows-rotated", UP, "has its rows permuted", "rows read one further",
+                 tensor(UP, lambda w: w[[*range(1, len(w)), 0]])),
+    weight_fault("columns-permuted", OUT, "has its columns permuted", "heads in another order",
+                 tensor(OUT, lambda w: w[:, [*range(64, 256), *range(64)]])),
+    weight_fault("not-finite", DOWN, "non-finite values, the first at [5, 0]", "an "
+                 "overflowed scale", tensor(DOWN, times((5, 6), float("inf")))),
+    weight_fault("bias-missing", "blk.2.attn_v.bias", "is missing in the GGUF", "biases left out",
+                 lambda file: {"blk.2.attn_v.bias": GONE}),
+    weight_fault("embedding-row", "token_embd.weight", "rows that are wrong (all zeros): 500 of",
+                 "a token that was added and never trained", tensor("token_embd.weight",
+                                                                    times(500, 0))),
+    weight_fault("other-numbers", V, "holds other numbers: cosine", "another checkpoint",
+                 tensor(V, lambda w: w[::-1, ::-1] * 1.1)),
+    weight_fault("foreign", "blk.1.attn_sinks.weight", "is no tensor of this architecture",
+                 "a tensor that no code reads",
+                 lambda file: {"blk.1.attn_sinks.weight": file.tensor("blk.1.attn_q.bias")}),
+)  # fmt: skip
