@@ -4,7 +4,8 @@ AprtError                 caught at the pytest border: one line, exit code 4
 ├── SettingsError         an option or ini value is not valid
 ├── SourceError           a model, oracle or dump cannot be opened or is damaged
 ├── ArchitectureError     no row of ARCHITECTURES fits, or the two sides differ in kind
-└── CaptureError          a runner or a user's engine yields something that is no capture
+├── CaptureError          a runner or a user's engine yields something that is no capture
+└── ContractError         a contract or ledger is damaged, or states what cannot be
 
 The message of each names the thing, says what was expected, and what to do.
 """
@@ -33,6 +34,17 @@ class ArchitectureError(AprtError):
 
 class CaptureError(AprtError):
     """A runner or an engine yielded stages that cannot be a capture."""
+
+
+class ContractError(AprtError):
+    """A contract or a ledger cannot be read, or states what cannot be.
+
+    ``rule`` is the id of the schema's rule that is broken, where it is one.
+    """
+
+    def __init__(self, text: str, rule: str | None = None) -> None:
+        super().__init__(text)
+        self.rule = rule
 
 
 def blame(error: BaseException) -> str:

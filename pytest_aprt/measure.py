@@ -104,7 +104,7 @@ class _Runs:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matmuls this skinny gain nothing from a second thread, and lose tenfold if a core is busy.
 
     Measured on 2 cores beside a process that keeps both busy: a tiny model took 3.0 s with two
@@ -119,7 +119,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-@_one_thread()
+@one_thread()
 def measure_pair(
     pair: Pair,
     engine: Engine,

@@ -52,16 +52,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
             workbench = Workbench.of_worker(config, workerinput["aprt"])
             config.pluginmanager.register(workbench, NAME)
+        _configure_contracts(config)
         return
-    if not _option(config, "aprt_model"):
+    if _option(config, "aprt_model"):
+        from pytest_aprt.errors import AprtError
+        from pytest_aprt.workbench import NAME, Workbench
+
+        try:
+            config.pluginmanager.register(Workbench.of_controller(config, _option), NAME)
+        except AprtError as error:
+            raise pytest.UsageError(str(error)) from error
+    _configure_contracts(config)
+
+
+def _configure_contracts(config: pytest.Config) -> None:
+    """Read the contracts of the opted-in folders, if there are any."""
+    if not (_option(config, "aprt_model") or _option(config, "aprt_contracts")):
         return
+    from pytest_aprt.contracts.plugin import NAME, plugin_of
     from pytest_aprt.errors import AprtError
-    from pytest_aprt.workbench import NAME, Workbench
 
     try:
-        config.pluginmanager.register(Workbench.of_controller(config, _option), NAME)
+        plugin = plugin_of(config, _option)
     except AprtError as error:
         raise pytest.UsageError(str(error)) from error
+    if plugin is not None:
+        config.pluginmanager.register(plugin, NAME)
 
 
 def _option(config: pytest.Config, key: str) -> Any:

@@ -50,7 +50,7 @@ def run(
     started, clock = datetime.now(timezone.utc), time.monotonic()
     pair = open_pair(headers)
     prompts = prompts_of(settings, pair)
-    engine, name = _engine(pair, settings, user_engine)
+    engine, name = engine_of(pair, settings, user_engine)
     profile = _profile(settings, engine)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
     measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
@@ -132,7 +132,8 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
     return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
 
 
-def _engine(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[Engine, str]:
+def engine_of(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[Engine, str]:
+    """Return what runs the model under test, and its name."""
     if user_engine is not None:
         name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
         return CheckedEngine(user_engine, pair.graph, pair.oracle_facts, name), name

@@ -1,0 +1,212 @@
+"""The pytest face of contracts: which files are collected, and what is kept of their outcomes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_aprt.contracts import bindings
+from pytest_aprt.contracts.bindings import ShellSettings, bind
+from pytest_aprt.contracts.contract import Contract, Falsifier, contracts_in, load
+from pytest_aprt.contracts.evaluate import ContractJson, Evaluated
+from pytest_aprt.contracts.items import EVALUATED, ContractFile
+from pytest_aprt.contracts.subject import Bench, Bound, Opened
+from pytest_aprt.errors import ContractError, SettingsError
+from pytest_aprt.sources._files import one_line
+
+if TYPE_CHECKING:
+    from pytest_aprt.workbench import Workbench
+
+NAME = "aprt_contracts"
+DEFAULT_FOLDER = "contracts"
+DEFAULT_TIMEOUT_S = 60.0
+ATTRIBUTE = "aprt_falsifier"
+"""Attribute of a test report that carries the outcome from a worker to the controller."""
+
+Option = Callable[[pytest.Config, str], Any]
+
+
+def folders_of(config: pytest.Config, option: Option) -> list[Path]:
+    """Return the opted-in folders: those named, else ``contracts/`` where a model is under test.
+
+    Raises:
+        SettingsError: a named folder is not there.
+    """
+    typed = config.getoption("aprt_contracts")
+    base = config.invocation_params.dir if typed else config.rootpath
+    named = [base / name for name in typed or option(config, "aprt_contracts") or ()]
+    for folder in named:
+        if not folder.exists():
+            raise SettingsError(
+                f"--aprt-contracts={one_line(folder)}: no such folder; expected one that holds "
+                "contracts in YAML"
+            )
+    default = config.rootpath / DEFAULT_FOLDER
+    if not named and option(config, "aprt_model") and default.is_dir():
+        return [default]
+    return named
+
+
+def plugin_of(config: pytest.Config, option: Option) -> ContractPlugin | None:
+    """Return the plugin for the opted-in folders, None where there are none.
+
+    Raises:
+        AprtError: a setting or a contract is not valid.
+    """
+    folders = folders_of(config, option)
+    return ContractPlugin(config, folders, option) if folders else None
+
+
+class ContractPlugin:
+    """Registered while folders of contracts are opted in.
+
+    Args:
+        config: pytest's.
+        folders: that hold contracts; a file stands for itself.
+        option: looks an option up.
+    """
+
+    def __init__(self, config: pytest.Config, folders: list[Path], option: Option) -> None:
+        self.config, self._option = config, option
+        self.shell = ShellSettings(bool(option(config, "aprt_run_shell")), _timeout(config, option))
+        self._bench: Bench | None = None
+        self.outcomes: dict[str, Evaluated] = {}
+        self.contracts: dict[Path, Contract] = {}
+        named = bool(config.getoption("aprt_contracts") or option(config, "aprt_contracts"))
+        for folder in folders:
+            before = len(self.contracts)
+            for path in contracts_in(folder) if folder.is_dir() else [folder]:
+                self._add(path)
+            if named and len(self.contracts) == before:
+                raise SettingsError(
+                    f"--aprt-contracts={one_line(folder)}: no contract there; expected YAML files "
+                    "with metadata and falsification_tests"
+                )
+        bindings.load_entry_points()
+        from_args = config.args_source is pytest.Config.ArgsSource.ARGS
+        wanted = option(config, "aprt_model") or config.getoption("aprt_contracts")
+        if wanted and not from_args and self.contracts:
+            config.args[:] = [str(folder) for folder in folders]
+
+    def _add(self, path: Path) -> None:
+        contract = load(path)
+        if isinstance(contract, str):
+            return
+        if contract.problems:
+            line, problem = contract.problems[0]
+            raise ContractError(f"{one_line(path)}:{line}: {problem}")
+        from pytest_aprt.contracts.checks import problem_with
+
+        seen: dict[str, int] = {}
+        for falsifier in contract.falsifiers:
+            if falsifier.id in seen:
+                raise ContractError(
+                    f"{one_line(path)}:{falsifier.line}: falsifier id {falsifier.id!r} stands in "
+                    f"line {seen[falsifier.id]} already: give it another"
+                )
+            seen[falsifier.id] = falsifier.line
+            wrong = falsifier.check is not None and problem_with(falsifier.check)
+            if wrong:
+                line = falsifier.data.line_of("check")
+                raise ContractError(f"{one_line(path)}:{line}: {falsifier.id}: {wrong}")
+        self.contracts[path.resolve()] = contract
+
+    # -- collection --------------------------------------------------------------------------------
+
+    def pytest_collect_file(
+        self, file_path: Path, parent: pytest.Collector
+    ) -> pytest.Collector | None:
+        """Collect the contracts of the opted-in folders, no other file."""
+        path = file_path.resolve()
+        if path not in self.contracts:
+            return None
+        return ContractFile.from_parent(parent, path=path, plugin=self)
+
+    def bound(self, falsifier: Falsifier) -> Bound | str:
+        """Return how a falsifier is bound, or why it is not."""
+        return bind(falsifier, self.shell)
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """Lend an empty folder."""
+        prefix = f"aprt-{re.sub(r'[^A-Za-z0-9-]', '_', name)[:40]}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+            yield Path(folder).resolve()
+
+    def bench(self) -> Bench | None:
+        """Return the model under test, None without one."""
+        workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
+        if workbench is None:
+            return None
+        if self._bench is None:
+            self._bench = Bench(lambda: workbench.report, workbench.captures, self._open)
+        return self._bench
+
+    def _open(self) -> Opened:
+        from pytest_aprt.engines import user_engine
+        from pytest_aprt.pair import open_headers, open_pair
+        from pytest_aprt.run import engine_of, prompts_of
+        from pytest_aprt.settings import read_settings
+
+        settings = read_settings(lambda key: self._option(self.config, key), command="")
+        pair = open_pair(open_headers(settings.weights, settings.oracle))
+        engine, _ = engine_of(pair, settings, user_engine(self.config, settings))
+        return Opened(pair, engine, prompts_of(settings, pair))
+
+    # -- outcomes ----------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Let the report carry the outcome, from a worker too."""
+        report = yield
+        found = item.stash.get(EVALUATED, None)
+        if report.when == "call" and found is not None:
+            setattr(report, ATTRIBUTE, dataclasses.asdict(found))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Gather the outcomes, on the controller."""
+        found = getattr(report, ATTRIBUTE, None)
+        if found is not None:
+            self.outcomes[report.nodeid] = Evaluated(**found)
+
+    def rows(self) -> list[ContractJson]:
+        """Return the outcomes as report.json holds them, in the order in which they came."""
+        return [
+            {
+                "contract": found.contract,
+                "id": found.id,
+                "rule": found.rule,
+                "declared": found.declared,
+                "outcome": found.outcome,
+                "supported": "",
+                "detail": found.detail,
+            }
+            for found in self.outcomes.values()
+        ]
+
+    def pytest_unconfigure(self) -> None:
+        """Forget the bindings of this session."""
+        bindings.forget()
+
+
+def _timeout(config: pytest.Config, option: Option) -> float:
+    text = option(config, "aprt_shell_timeout")
+    try:
+        value = DEFAULT_TIMEOUT_S if text is None else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise SettingsError(
+            f"--aprt-shell-timeout={text} is not valid: expected seconds, such as 60"
+        )
+    return value
