@@ -64,7 +64,7 @@ class Workbench:
         self._scratch = Scratch()
         self._folder: Path | None = None  # of a worker: where the controller's files lie
         self._kept = NEEDS[0]
-        self.names = names
+        self.names = self._asked(names)
 
     def _asked(self, names: list[str]) -> list[str]:
         """Return the suite's tests that this session runs, and take their ids off the arguments.
@@ -97,7 +97,6 @@ class Workbench:
         headers = open_headers(settings.weights, settings.oracle)
         points = settings.points(headers.graph)
         workbench = cls(config, test_names(headers, points), points)
-        workbench.names = workbench._asked(workbench.names)
         workbench._settings, workbench._headers = settings, headers
         return workbench
 
@@ -106,8 +105,6 @@ class Workbench:
         """Take what the controller hands over."""
         points = [Point(layer, stage) for layer, stage in given["points"]]
         workbench = cls(config, given["names"], points)
-        if config.args_source is not pytest.Config.ArgsSource.ARGS:
-            config.args[:] = []  # as on the controller
         workbench._folder = Path(given["folder"])
         return workbench
 
@@ -279,9 +276,7 @@ class Workbench:
 
 
 def need_of(items: Iterable[pytest.Item]) -> str:
-    """Return what the tests ask of the run; an item may say so by ``needs_run`` or
-    ``aprt_needs``, one of NEEDS.
-    """
+    """Return what the tests ask of the run; an item says so by ``needs_run`` or ``aprt_needs``."""
     needs = [NEEDS[0]]
     for item in items:
         if getattr(item, "needs_run", False):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from pytest_aprt.commands import diff, report, trace
+from pytest_aprt.commands import diff, report, trace, validate
 from pytest_aprt.errors import AprtError
 
 OK, MISSED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -31,12 +31,17 @@ COMMANDS = (
             diff.add_arguments, diff.run),
     Command("report", "draw report.html again from a report.json",
             report.add_arguments, report.run),
+    Command("validate", "check contracts against the rules of their schema",
+            validate.add_arguments, validate.run),
 )  # fmt: skip
 """Every subcommand. A module imports numpy and torch when it runs, not before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit code: 0, 1 (a threshold is missed), 2 (bad input)."""
+    """Run a subcommand and return its exit code.
+
+    0; 1 where a threshold is missed or a contract is not valid; 2 on bad input.
+    """
     arguments = _parser().parse_args(argv)
     try:
         code = arguments.run(arguments)
@@ -57,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aprt",
         description="Forward-pass parity of language models: stages on disk.",
-        epilog="exit codes: 0; 1 a threshold was given and missed; 2 the input cannot be used",
+        epilog="exit codes: 0; 1 a threshold is missed, or a contract is not valid; 2 the input "
+        "cannot be used",
     )
     parser.add_argument(
         "--version", action="version", version=f"aprt (pytest-aprt {version('pytest-aprt')})"

@@ -46,10 +46,10 @@ _bound: dict[str, Callable[..., Any]] = {}
 def falsifier(*ids: str) -> Callable[[Function], Function]:
     """Bind a function to falsifiers by their ids.
 
-    The function takes any of ``aprt_run`` (the report), ``aprt_model`` and ``aprt_oracle`` (captured
-    stages), ``contract``, ``falsifier`` and ``tmp_path``. The claim holds if it returns; what it
-    returns, a dict of plain numbers and texts or None, is recorded. An AssertionError falsifies,
-    ``pytest.skip`` says that something is not there, and any other exception is an error.
+    The function takes any of ``aprt_run`` (the report), ``aprt_model`` and ``aprt_oracle`` (their
+    captured stages), ``contract``, ``falsifier`` and ``tmp_path``. The claim holds if it returns;
+    what it returns, a dict of plain numbers and texts or None, is recorded. An AssertionError
+    falsifies, ``pytest.skip`` says that something is not there, any other exception is an error.
 
     Raises:
         ContractError: no id, an argument of another name, or an id that is bound already.

@@ -1,4 +1,4 @@
-"""The text of a failed falsifier: the first line stands alone, then the claim and the measurement."""
+"""The text of a failed falsifier: one line that stands alone, the claim, the measurement."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,7 +92,7 @@ class FalsifierItem(pytest.Item):
         return self.path, self.falsifier.line - 1, f"{self.name}: {self.falsifier.rule}"
 
 
-def _described(text: str) -> FunctionType:
+def _described(text: str) -> Callable[[], None]:
     def described() -> None: ...
 
     described.__doc__ = text

@@ -28,13 +28,18 @@ def missing_references(falsifier: Falsifier, contract: Path) -> Iterator[tuple[s
     node = pytest_node(falsifier.test)
     if node is not None and not _exists(node, contract):
         yield "test", node
-    check = falsifier.check or {}
-    if check.get("kind") == "pytest" and not _exists(str(check.get("node", "")), contract):
+    check = falsifier.check
+    if (
+        check
+        and check.get("kind") == "pytest"
+        and not _exists(str(check.get("node", "")), contract)
+    ):
         yield "check", str(check.get("node", ""))
     for text in falsifier.evidence:
         for match in _EVIDENCE.finditer(text):
             if root_of(contract, match["path"]) is None:
-                yield "status", match["path"]
+                key = next((k for k in falsifier.data if "evidence" in k), "evidence")
+                yield key, match["path"]
 
 
 def _exists(node: str, contract: Path) -> bool:

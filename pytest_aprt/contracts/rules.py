@@ -85,10 +85,11 @@ def equations(contract: Contract) -> Mapping[str, Any]:
     if isinstance(value, Map):
         return value
     promoted = Map(contract.data.line_of("equations"))
-    for index, item in enumerate(value if isinstance(value, Seq) else ()):
-        name = str(item.get("id", f"equation_{index}")) if isinstance(item, Map) else str(item)
-        promoted[name] = item
-        promoted.lines[name] = value.lines[index]
+    if isinstance(value, Seq):
+        for index, (item, line) in enumerate(zip(value, value.lines, strict=True)):
+            name = str(item.get("id", f"equation_{index}")) if isinstance(item, Map) else str(item)
+            promoted[name] = item
+            promoted.lines[name] = line
     return promoted
 
 
@@ -215,7 +216,7 @@ def _near_misses(c: Contract) -> Found:
 
 
 def _bare(key: str) -> str:
-    return re.sub(r"[^a-z]", "", key.lower()).rstrip("s")
+    return re.sub(r"(e?s)+$", "", re.sub(r"[^a-z]", "", key.lower()))
 
 
 def _not_applicable(key: str) -> Callable[[Contract], Found]:

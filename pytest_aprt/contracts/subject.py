@@ -122,9 +122,9 @@ class Subject:
 
     def run_model(self, prompt: int = 0) -> Iterator[tuple[int | None, dict[str, Any]]]:
         """Run the model under test again; yields layer and its stages as float32 arrays."""
-        pair, engine, prompts = self.model.opened
+        opened = self.model.opened
         from pytest_aprt.measure import one_thread
 
         with one_thread():
-            for layer, stages in engine.layers(prompts[prompt].tokens):
+            for layer, stages in opened.engine.layers(opened.prompts[prompt].tokens):
                 yield layer, {name: tensor.numpy() for name, tensor in stages.items()}

@@ -47,10 +47,10 @@ _PLANT = {
 CHECKS = {
     "stage_metric": Check("points", "report", {
         **_POINTS, **_BOUNDS, "metric": Setting(s.one_of(*METRICS), REQUIRED),
-        "quantile": Setting(s.number),
+        "quantile": Setting(s.share),
     }, "a metric of the chosen points is within bounds; with a quantile, that of all values is"),
     "stage_cosine": Check("points", "report", {
-        **_POINTS, **_BOUNDS, "quantile": Setting(s.number),
+        **_POINTS, **_BOUNDS, "quantile": Setting(s.share),
     }, "the cosine of the chosen points is within bounds"),
     "stage_ratio": Check("ratios", "captures", {
         "stages": Setting(s.stages), "layers": Setting(s.layers),
@@ -110,7 +110,7 @@ CHECKS = {
     "command_line": Check("own", "nothing", {
         "command": Setting(s.text, REQUIRED), "options": Setting(s.texts, REQUIRED),
     }, "a command of aprt has these options"),
-    "trace_command": Check("own", "report", {
+    "trace_command": Check("own", "captures", {
         "stages": Setting(s.stages, REQUIRED), "layers": Setting(s.layers),
     }, "aprt trace writes exactly these stages of the model, as the run's own capture has them"),
     "pytest": Check("outside", "nothing", {
@@ -124,8 +124,11 @@ def problem_with(check: Mapping[str, Any]) -> str | None:
     kind = check.get("kind")
     if kind not in CHECKS:
         return f"check kind {kind!r} is unknown: expected one of {', '.join(CHECKS)}"
+    settings = CHECKS[kind].settings
+    if settings.keys() >= _BOUNDS.keys() and not check.keys() & _BOUNDS.keys():
+        return f"check {kind}: expected a bound, at_least or at_most"
     try:
-        read_settings(check, CHECKS[kind].settings)
+        read_settings(check, settings)
     except ValueError as error:
         return f"check {kind}: {error}"
     return None

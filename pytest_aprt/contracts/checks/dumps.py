@@ -14,7 +14,8 @@ from pytest_aprt.contracts.checks.settings import Layers
 from pytest_aprt.contracts.subject import BlockedError, Finding, Subject
 from pytest_aprt.errors import AprtError
 from pytest_aprt.sources import aprt
-from pytest_aprt.sources.aprt import WHOLE_MODEL
+from pytest_aprt.sources.aprt import WHOLE_MODEL, DumpFolder
+from pytest_aprt.sources.aprt_writer import DumpWriter
 from pytest_aprt.stages import STAGES, Point
 
 SIZES = ((), (0,), (1,), (7, 3), (2, 3, 5))
@@ -33,20 +34,21 @@ def stage_path(folder: Path, layer: int | None, stage: str) -> Path:
 def dump(
     subject: Subject, folder: Path, stages: list[str] | None = None, layers: Layers | None = None
 ) -> None:
-    """Capture the model on the first prompt into a folder."""
-    graph = subject.model.opened.pair.graph
-    chosen = None if layers is None else set(layers(graph.n_layers))
-    for layer, captured in subject.run_model():
-        if chosen is not None and layer is not None and layer not in chosen:
-            continue
-        for stage, value in captured.items():
-            if stages is None or stage in stages:
-                number = WHOLE_MODEL if layer is None else layer
-                aprt.write_tensor(stage_path(folder, layer, stage), number, value)
+    """Capture the model on the first prompt into a folder, as ``--aprt-dump`` writes it."""
+    opened = subject.model.opened
+    count = opened.pair.graph.n_layers
+    chosen = range(count) if layers is None else layers(count)
+    with DumpWriter(folder, opened.prompts[0].tokens, {}) as writer:
+        for layer, captured in subject.run_model():
+            if layer is None or layer in chosen:
+                for stage in [name for name in captured if stages is None or name in stages]:
+                    writer.write(layer, stage, captured[stage])
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.bin")}
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder by its path there."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file()}  # fmt: skip
 
 
 def determinism(subject: Subject, *, stages: list[str] | None, layers: Layers | None) -> Finding:
@@ -54,8 +56,8 @@ def determinism(subject: Subject, *, stages: list[str] | None, layers: Layers | 
     first, second = subject.folder / "first", subject.folder / "second"
     dump(subject, first, stages, layers)
     dump(subject, second, stages, layers)
-    a, b = _files(first), _files(second)
-    if not a and not b:
+    a, b = files_in(first), files_in(second)
+    if a.keys() | b.keys() == {aprt.MANIFEST}:
         raise BlockedError("the model shows none of the stages")
     differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     detail = f"{len(differ)} of {len(a)} files differ between two captures"
@@ -108,49 +110,67 @@ def _lies(whole: bytes) -> dict[str, bytes]:
 
 def stage_files(subject: Subject, *, stages: list[str], layers: Layers | None) -> Finding:
     """Capture a selection: exactly its files lie in the folder, each with its header."""
+    folder = subject.folder / "dump"
+    expected = expected_files(subject, folder, stages, layers)
+    dump(subject, folder, stages, layers)
+    problems = file_problems(subject, folder, expected)
+    detail = "; ".join(problems[:3]) or f"exactly the {len(expected)} files that were asked for"
+    return Finding(held=not problems, detail=detail, values={"files": len(expected)})
+
+
+def expected_files(
+    subject: Subject, folder: Path, stages: list[str], layers: Layers | None
+) -> dict[Path, Point]:
+    """Return the files that a capture of a selection must write.
+
+    Raises:
+        BlockedError: the architecture lacks one of the stages there.
+    """
     graph = subject.model.opened.pair.graph
     chosen = range(graph.n_layers) if layers is None else layers(graph.n_layers)
     expected = {
-        stage_path(subject.folder, point.layer, point.stage): point
+        stage_path(folder, point.layer, point.stage): point
         for point in graph.points
         if point.stage in stages and (point.layer is None or point.layer in chosen)
     }
-    if not expected:
-        raise BlockedError("this architecture has none of the stages in these layers")
     absent = set(stages) - {point.stage for point in expected.values()}
     if absent:
         raise BlockedError(f"this architecture has no {', '.join(sorted(absent))} there")
-    dump(subject, subject.folder, stages, layers)
-    there = set(subject.folder.rglob("*.bin"))
-    problems = [f"{_of(p, subject)} is missing" for p in sorted(expected.keys() - there)]
-    problems += [f"{_of(p, subject)} was not asked for" for p in sorted(there - expected.keys())]
+    return expected
+
+
+def file_problems(subject: Subject, folder: Path, expected: dict[Path, Point]) -> list[str]:
+    """Return what is wrong with the tensors of a folder: missing, unasked for, or their headers."""
+    there = set(folder.rglob("*.bin"))
+    problems = [f"{_of(p, folder)} is missing" for p in sorted(expected.keys() - there)]
+    problems += [f"{_of(p, folder)} was not asked for" for p in sorted(there - expected.keys())]
     for path in sorted(expected.keys() & there):
-        problems += _header_problem(path, expected[path], subject)
-    detail = "; ".join(problems[:3]) or f"exactly the {len(expected)} files that were asked for"
-    return Finding(held=not problems, detail=detail, values={"files": len(there)})
+        problems += _header_problem(path, folder, expected[path], subject)
+    return problems
 
 
-def _of(path: Path, subject: Subject) -> str:
-    return path.relative_to(subject.folder).as_posix()
+def _of(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
-def _header_problem(path: Path, point: Point, subject: Subject) -> Iterable[str]:
+def _header_problem(path: Path, folder: Path, point: Point, subject: Subject) -> Iterable[str]:
     opened = subject.model.opened
     sizes = opened.pair.oracle_facts.sizes(len(opened.prompts[0].tokens))
     count = int(np.prod([sizes[symbol] for symbol in STAGES[point.stage].shape]))
     number = WHOLE_MODEL if point.layer is None else point.layer
     data = path.read_bytes()
     if data[:12] != b"APRT" + struct.pack("<II", number, count) or len(data) != 12 + 4 * count:
-        yield f"{_of(path, subject)}: header {data[:12]!r}, {len(data)} bytes"
+        yield f"{_of(path, folder)}: header {data[:12]!r}, {len(data)} bytes"
 
 
 def nan_preservation(subject: Subject) -> Finding:
     """Write odd bit patterns and read them back: from the file's bytes, and by the reader."""
     bits = np.array(ODD_BITS, np.uint32)
-    path = subject.folder / "layer-0" / "ffn_gate.bin"
-    aprt.write_tensor(path, 0, bits.view(np.float32))
-    stored = np.frombuffer(path.read_bytes(), "<u4", offset=12)
-    read: NDArray[Any] = aprt.read_tensor(path, 0).view(np.uint32)
+    folder = subject.folder / "dump"
+    with DumpWriter(folder, [0], {}) as writer:
+        writer.write(0, "ffn_gate", bits.view(np.float32))
+    stored = np.frombuffer(stage_path(folder, 0, "ffn_gate").read_bytes(), "<u4", offset=12)
+    read: NDArray[Any] = DumpFolder.open(folder).read(0, "ffn_gate").view(np.uint32)
     changed = [
         f"{wanted:#010x} became {found[0]:#010x} in the file, {found[1]:#010x} when read"
         for wanted, *found in zip(bits.tolist(), stored.tolist(), read.tolist(), strict=True)
@@ -168,7 +188,9 @@ def capture_is_additive(subject: Subject) -> Finding:
     for layer, stages in subject.run_model():
         for name, value in stages.items():
             everything[str(Point(layer, name))] = value.tobytes()
-    alone = [stages["lm_head"].tobytes() for _, stages in subject.run_model() if "lm_head" in stages]
+    alone = [
+        stages["lm_head"].tobytes() for _, stages in subject.run_model() if "lm_head" in stages
+    ]
     if not alone:
         raise BlockedError("the model shows nothing of lm_head")
     same = alone == [everything["lm_head"]]

@@ -54,8 +54,8 @@ def argmax_parity(subject: Subject, *, near_tie: float) -> Finding:
     detail = f"the same token on {sum(not f.is_flip for f in found)} of {len(found)} prompts"
     for prompt, f in bad[:3]:
         detail += _said(prompt, f)
-    return Finding(held=not bad, detail=detail,
-                   values={"prompts": len(found), "flips": sum(f.is_flip for f in found)})  # fmt: skip
+    values = {"prompts": len(found), "flips": sum(f.is_flip for f in found)}
+    return Finding(held=not bad, detail=detail, values=values)
 
 
 def near_tie(subject: Subject, *, margin: float) -> Finding:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+
+from pytest_aprt.contracts.checks.settings import Layers
 from pytest_aprt.contracts.subject import BlockedError, Finding, Subject
 from pytest_aprt.stages import STAGES, stages_named
 
@@ -43,18 +48,53 @@ def contract_validates(subject: Subject, *, paths: list[str] | None) -> Finding:
 
 def command_line(subject: Subject, *, command: str, options: list[str]) -> Finding:
     """Look the options up in the help of a command of ``aprt``."""
-    import subprocess
-    import sys
-
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest_aprt", command, "--help"],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    words = ran.stdout.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    code, text = _aprt(command, "--help")
+    words = re.findall(r"[\w-]+", text)
     missing = [option for option in options if option not in words]
     detail = f"aprt {command} has {', '.join(options)}"
-    if ran.returncode:
-        detail = f"aprt {command} --help ended with {ran.returncode}: {ran.stderr.strip()[-200:]}"
+    if code:
+        detail = f"aprt {command} --help ended with {code}: {' '.join(text.split())[-200:]}"
     elif missing:
         detail = f"aprt {command} has no {', '.join(missing)}"
-    return Finding(held=not missing and not ran.returncode, detail=detail)
+    return Finding(held=not missing and not code, detail=detail, values={"exit": code})
+
+
+def trace_command(subject: Subject, *, stages: list[str], layers: Layers | None) -> Finding:
+    """Run ``aprt trace`` on the model's file; compare its files with the run's own capture."""
+    from pytest_aprt.contracts.checks.dumps import expected_files, file_problems
+    from pytest_aprt.sources.aprt import DumpFolder
+
+    model, run = subject.report["model"], subject.report["run"]
+    if model["kind"] != "gguf" or model["engine"] != "builtin":
+        raise BlockedError(f"aprt trace runs GGUF files; the model is {model['engine']}")
+    folder = subject.folder / "dump"
+    expected = expected_files(subject, folder, stages, layers)
+    arguments = ["trace", model["source"], "--save-tensor", ",".join(stages)]
+    arguments += ["--save-tensor-dir", str(folder)]
+    arguments += ["--tokens", ",".join(map(str, run["prompts"][0]["tokens"]))]
+    if layers is not None:
+        chosen = sorted({point.layer for point in expected.values() if point.layer is not None})
+        arguments += ["--save-tensor-layers", f"{chosen[0]}..{chosen[-1] + 1}"]
+    code, text = _aprt(*arguments)
+    if code:
+        return Finding(held=False, detail=f"aprt trace ended with {code}: {text.strip()[-200:]}")
+    problems = file_problems(subject, folder, expected)
+    captured, written = subject.captures("model"), DumpFolder.open(folder)
+    for point in expected.values() if not problems else ():
+        value = captured[str(point)].ravel()
+        if value.tobytes() != written.read(point.layer, point.stage).tobytes():
+            problems.append(f"{point} differs from the run's own capture")
+    detail = "; ".join(problems[:3]) or f"{len(expected)} files, each as the run captured it"
+    return Finding(held=not problems, detail=detail, values={"files": len(expected)})
+
+
+def _aprt(*arguments: str) -> tuple[int, str]:
+    from pytest_aprt.commands.main import main
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:  # argparse, after --help or a wrong option
+            code = ended.code if isinstance(ended.code, int) else 2
+    return code, out.getvalue()

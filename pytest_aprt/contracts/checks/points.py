@@ -93,9 +93,9 @@ def _values(points: list[PointJson], error: str, metric: str) -> Iterator[tuple[
 
 
 def _bounds(at_least: float | None, at_most: float | None) -> str:
-    parts = [f"at least {at_least:g}"] * (at_least is not None)
-    parts += [f"at most {at_most:g}"] * (at_most is not None)
-    return "expected " + (" and ".join(parts) or "any number")
+    bounds = (("at least", at_least), ("at most", at_most))
+    parts = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+    return f"expected {' and '.join(parts)}"
 
 
 def plain(value: float) -> float | str:

@@ -29,6 +29,13 @@ def number(value: Any) -> float:
     return float(value)
 
 
+def share(value: Any) -> float:
+    """Read a number from 0 to 1."""
+    if not 0 <= number(value) <= 1:
+        raise ValueError("expected a number from 0 to 1")
+    return float(value)
+
+
 def count(value: Any) -> int:
     """Read a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

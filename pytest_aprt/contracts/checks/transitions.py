@@ -39,9 +39,8 @@ def single_transition(
         cosines = _of_planted(subject, stages, layer, error, _name(plant), change)
     names = [point_id(layer, stage) for stage in stages]
     # NaN is below every threshold.
-    falls = [
-        i for i in range(len(stages) - 1) if cosines[i] >= threshold and not cosines[i + 1] >= threshold
-    ]  # fmt: skip
+    good = [cosine >= threshold for cosine in cosines]
+    falls = [i for i in range(len(stages) - 1) if good[i] and not good[i + 1]]
     chain = ", ".join(f"{n} {c:.6f}" for n, c in zip(stages, cosines, strict=True))
     pairs = [f"{names[i]} -> {names[i + 1]}" for i in falls]
     held = len(falls) == 1
