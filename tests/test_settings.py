@@ -69,7 +69,8 @@ def test_flag_and_key_are_twins():
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine", "--aprt-prompt",
         "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-strict",
-        "--aprt-report", "--aprt-baseline",
+        "--aprt-contracts", "--aprt-run-shell", "--aprt-shell-timeout", "--aprt-report",
+        "--aprt-baseline",
     ]  # fmt: skip
     for option in OPTIONS:
         assert option.key == option.flag.removeprefix("--").replace("-", "_")
@@ -295,7 +296,8 @@ def test_every_option_is_read(gguf):
         return {"aprt_model": gguf, "aprt_oracle": "org/oracle"}.get(key)
 
     read_settings(get, command="pytest")
-    assert set(asked) == {option.key for option in OPTIONS}
+    of_contracts = {"aprt_contracts", "aprt_run_shell", "aprt_shell_timeout"}
+    assert set(asked) == {option.key for option in OPTIONS} - of_contracts
 
 
 def test_settings_need_neither_numpy_nor_torch():

@@ -55,7 +55,7 @@ def single_transition(
 def fault_found(subject: Subject, *, plant: str, layer: int, change: str) -> Finding:
     """Plant a fault: the verdict must name it, and nothing else."""
     from pytest_aprt.options import DEFAULT_COSINE
-    from pytest_aprt.rungs import fact_rows
+    from pytest_aprt.rungs.config import fact_rows
     from pytest_aprt.stages import STAGES
     from pytest_aprt.verdict import Threshold, conclude
 
