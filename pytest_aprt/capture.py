@@ -32,6 +32,17 @@ class Engine(Protocol):
     ``final_norm`` and ``lm_head``. Arrays are whatever numpy or torch can read as float32, shaped
     as in STAGES, Q and K rows in Hugging Face order. Stages may be left out; they are then
     reported as missing. An attribute ``arithmetic`` may declare the engine's profile.
+
+    Two further methods are optional; a rung of the ladder is unavailable without them.
+
+    ``decode(tokens, forced)`` runs the prompt ``tokens`` and then, with the KV cache, one step for
+    each of the ``forced`` tokens, and yields for each step what ``layers`` yields, of the one new
+    token: (1, X) where STAGES says (T, X). ``(None, {"lm_head": ...})``, the logits after that
+    token, is enough.
+
+    ``logits(tokens)`` is the production path, the one that users run, with nothing captured: the
+    logits of the last token (V,) or of all (T, V). An attribute ``bit_exact`` that is true promises
+    the very bits of the traced path.
     """
 
     def layers(self, tokens: Sequence[int]) -> Iterable[tuple[int | None, Mapping[str, Any]]]:
@@ -46,10 +57,14 @@ class CheckedEngine:
         graph: the points of the model.
         facts: the shapes that its stages must have.
         name: what to call it in messages.
+
+    ``raw`` is the engine itself, which may have more to offer: see ``decode`` and ``logits`` of
+    ``Engine``.
     """
 
     def __init__(self, engine: Engine, graph: StageGraph, facts: Facts, name: str) -> None:
         self._engine, self._graph, self._facts, self._name = engine, graph, facts, name
+        self.raw = engine
         self.arithmetic: str | None = getattr(engine, "arithmetic", None)
 
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:

@@ -46,6 +46,37 @@ class BuiltinRunner:
         head = logits(self._weights, final[-1:], facts.vocab)[0]
         yield LayerStages(None, {"final_norm": final, "lm_head": head})
 
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[int], forced: Sequence[int]) -> Iterator[list[LayerStages]]:
+        """Prefill ``tokens``, then yield the stages of one step with the KV cache per forced token.
+
+        Layer after layer, as no step waits for logits: weights are read once for all steps.
+        """
+        facts, scale, count = self._facts, self._architecture.embedding_scale, len(tokens)
+        x = embedding(self._weights, tokens, scale)
+        inputs = list(embedding(self._weights, forced, scale).split(1))  # (1, H) each
+        angles, stretch = rope_angles(facts, count + len(forced))
+        steps: list[list[LayerStages]] = [[] for _ in forced]
+        for index in range(facts.layers):
+            mask = causal_mask(count + len(forced), facts.windows[index])
+            weights, stages = self._weights.layer(index), dict[str, Tensor]()
+            cache = layer(stages, x, weights, angles[:count], stretch, mask[:count, :count], facts,
+                          self._architecture)  # fmt: skip
+            x = stages["post_ffn_residual"]
+            for step, row in enumerate(range(count, count + len(forced))):
+                stages = {"embedding": inputs[step]} if index == 0 else {}
+                seen = mask[row : row + 1, : row + 1]
+                cache = layer(stages, inputs[step], weights, angles[row : row + 1], stretch, seen,
+                              facts, self._architecture, cache)  # fmt: skip
+                inputs[step] = stages["post_ffn_residual"]
+                steps[step].append(LayerStages(index, stages))
+        final = rms_norm(torch.cat(inputs), self._weights.tensor(FINAL_NORM), facts.eps,
+                         self._architecture)  # fmt: skip
+        head = logits(self._weights, final, facts.vocab)
+        for step, found in enumerate(steps):
+            whole = {"final_norm": final[step : step + 1], "lm_head": head[step]}
+            yield [*found, LayerStages(None, whole)]
+
 
 def layer(
     stages: dict[str, Tensor],
@@ -53,11 +84,12 @@ def layer(
     w: dict[str, Tensor],
     angles: Tensor,  # (T, D/2)
     stretch: float,
-    mask: Tensor,  # (T, T)
+    mask: Tensor,  # (T, T), with a cache of S tokens (T, S+T)
     f: Facts,
     a: Architecture,
-) -> None:
-    """Fill ``stages`` with one decoder layer applied to ``x``."""
+    cache: tuple[Tensor, Tensor] | None = None,  # (S, g, D) each
+) -> tuple[Tensor, Tensor]:
+    """Fill ``stages`` with one decoder layer applied to ``x``; return K and V of all tokens."""
     s = stages
     n, g, d = f.heads, f.kv_heads, f.head_dim
 
@@ -77,6 +109,8 @@ def layer(
     q = rotate(q, angles, stretch, a)  # (T, n, D)
     k = rotate(k, angles, stretch, a)  # (T, g, D)
     s["q_post_rope"], s["k_post_rope"] = q.flatten(1), k.flatten(1)
+    if cache is not None:
+        k, v = torch.cat([cache[0], k]), torch.cat([cache[1], v])  # (S+T, g, D)
 
     shared = torch.arange(n) // (n // g)  # the kv head that each head reads
     scores = torch.einsum("tnd,snd->nts", q, k[:, shared]) / math.sqrt(d)  # (n, T, T)
@@ -96,6 +130,7 @@ def layer(
     s["ffn_swigl"] = s["ffn_silu"] * s["ffn_up"]
     s["ffn_out"] = s["ffn_swigl"] @ w["mlp.down_proj.weight"].T  # (T, H)
     s["post_ffn_residual"] = s["post_attn_residual"] + s["ffn_out"]
+    return k, v
 
 
 def embedding(weights: WeightSource, tokens: Sequence[int], scale: float) -> Tensor:

@@ -76,6 +76,17 @@ class Measurement:
     tensors: list[TensorRow] = field(default_factory=list)
     self_tests: list[SelfTest] = field(default_factory=list)
     arithmetics: Mapping[Group, Arithmetic] = field(default_factory=dict)
+    finals: list[Finals] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finals:
+    """The whole-model stages of one prompt on all three runs."""
+
+    prompt: Prompt
+    model: Mapping[str, Tensor]
+    shadow: Mapping[str, Tensor]
+    oracle: Mapping[str, Tensor]
 
 
 class _Lane:
@@ -83,6 +94,7 @@ class _Lane:
 
     def __init__(self, index: int, prompt: Prompt, pair: Pair, runs: _Runs, keep: Keep) -> None:
         self.index, self.prompt = index, prompt
+        self.finals: list[Finals] = []
         layers = (LayerStages(*item) for item in runs.model.layers(prompt.tokens))
         self.model = keep("model", index, layers)
         self.oracle = keep("oracle", index, runs.oracle.layers(prompt.tokens))
@@ -164,6 +176,7 @@ def measure_pair(
                         checks.oracle_layer(runs.oracle, lanes[0].prompt.tokens)
                 done += 1
                 progress("final norm and head" if layer is None else f"layer {layer}", done, total)
+            result.finals += [finals for lane in lanes for finals in lane.finals]
     except CaptureError as error:
         checks.fail("capture", str(error))
     result.arithmetics = runs.tally.arithmetics()
@@ -180,6 +193,11 @@ def _measure_layer(
     checks: selftest.Checks,
 ) -> Iterator[PointErrors]:
     model, oracle, shadow = next(lane.model), next(lane.oracle), next(lane.shadow)
+    if layer is None:
+        lane.finals.append(
+            Finals(prompt=lane.prompt, model=model.stages, shadow=shadow.stages,
+                   oracle=oracle.stages)
+        )  # fmt: skip
     replays = lane.model_replay
     context = replays.enter(model)
     lane.shadow_replay.enter(shadow)

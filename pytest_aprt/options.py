@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 DEFAULT_PROMPT = "What is 2+2?"
+DEFAULT_STEPS = 3
 DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
 ENGINES = ("auto", "builtin")
 ARITHMETIC_NAMES = (
@@ -63,6 +64,8 @@ OPTIONS = (
     Option(name="arithmetic", kind="value", metavar="NAME",
            help=f"How the engine rounds: {', '.join(ARITHMETIC_NAMES)}; and ,storage= ,cache= "
            "behind it"),
+    Option(name="decode-steps", kind="value", metavar="K",
+           help=f"Steps to decode with the KV cache; default {DEFAULT_STEPS}, 0 for none"),
     Option(name="strict", kind="flag",
            help="Fail every point whose total is below its threshold, noise or not"),
     Option(name="contracts", kind="list", metavar="DIR",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.facts import FACTS
-from pytest_aprt.rungs import ROW_STATUSES, tokens
+from pytest_aprt.rungs import LOGITS, PATH, ROW_STATUSES, TOKENS, decode_names
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS, VERDICTS
 
@@ -31,13 +31,16 @@ class Outcome:
     properties: dict[str, Any] = field(default_factory=dict)
 
 
-def test_names(headers: Headers, points: Iterable[Point]) -> list[str]:
+def test_names(headers: Headers, points: Iterable[Point], decode_steps: int) -> list[str]:
     """Return the names of all tests in the order of the ladder, from headers alone."""
     names = [f"selftest-{name}" for name in SELF_TESTS]
-    names += [f"tokens-{name}" for name in tokens.NAMES]
+    names += [f"tokens-{name}" for name in TOKENS]
     names += [f"config-{name}" for name in FACTS]
     names += [f"weights-{name}" for name in _tensor_names(headers)]
     names += [str(point) for point in points]
+    names += [f"logits-{name}" for name in LOGITS]
+    names += [f"decode-{name}" for name in decode_names(decode_steps)]
+    names += [f"path-{name}" for name in PATH]
     return [*names, GATE]
 
 
@@ -155,7 +158,7 @@ def _row(rung: str) -> Callable[[Report, str], Outcome]:
 _SCALARS = (bool, int, float, str)
 _RUNGS: dict[str, Callable[[Report, str], Outcome]] = {
     "selftest": _self_test,
-    "tokens": _row("tokens"),
+    **{rung: _row(rung) for rung in ("tokens", "logits", "decode", "path")},
     "config": _config,
     "weights": _weights,
 }

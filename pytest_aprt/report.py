@@ -248,6 +248,9 @@ class LadderJson(TypedDict):
     tokens: list[dict[str, Any]]  # rows as of logits, decode and path: see _row
     config: list[FactJson]
     weights: list[TensorJson]
+    logits: list[dict[str, Any]]
+    decode: list[dict[str, Any]]
+    path: list[dict[str, Any]]
 
 
 class BaselineJson(TypedDict):
@@ -325,6 +328,9 @@ def build(
             "tokens": [_row(row) for row in rungs["tokens"]],
             "config": [_fact(row) for row in facts],
             "weights": [_tensor(row) for row in measurement.tensors],
+            "logits": [_row(row) for row in rungs["logits"]],
+            "decode": [_row(row) for row in rungs["decode"]],
+            "path": [_row(row) for row in rungs["path"]],
         },
         "points": _points(verdict.points, by_point),
         "notes": notes,

@@ -17,10 +17,13 @@ from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
+from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair, one_thread
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.rungs.config import fact_rows
+from pytest_aprt.rungs.decode import decode_rows
+from pytest_aprt.rungs.logits import logit_rows
+from pytest_aprt.rungs.path import path_rows
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.settings import Settings
 from pytest_aprt.verdict import Threshold, conclude
@@ -60,7 +63,12 @@ def run(
         stage: Threshold(cosine=cosine, source=source)
         for stage, (cosine, source) in settings.thresholds.items()
     }
+    finals = measurement.finals
     rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
+    with one_thread():
+        rungs["logits"] = logit_rows(pair, finals)
+        rungs["decode"] = decode_rows(pair, engine, finals, settings.decode_steps)
+        rungs["path"] = path_rows(pair, engine, finals, thresholds["lm_head"].cosine)
     verdict = conclude(
         pair.graph, points, measurement, facts, thresholds, rungs, strict=settings.strict
     )

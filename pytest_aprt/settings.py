@@ -16,6 +16,7 @@ from pytest_aprt.errors import SettingsError
 from pytest_aprt.options import (
     DEFAULT_COSINE,
     DEFAULT_PROMPT,
+    DEFAULT_STEPS,
     ENGINES,
     PROMPT_SET_NAMES,
     PYTHON_PREFIX,
@@ -43,6 +44,7 @@ class Settings:
     layers: str
     thresholds: Mapping[str, tuple[float, str]]
     arithmetic: str
+    decode_steps: int
     strict: bool
     report: Path | None
     baseline: Path | None
@@ -113,6 +115,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         layers=get("aprt_layers") or "all",
         thresholds=_thresholds(cosine, source, get("aprt_threshold") or ()),
         arithmetic=profile_named(get("aprt_arithmetic") or "auto").name,
+        decode_steps=_steps(get("aprt_decode_steps")),
         strict=bool(get("aprt_strict")),
         report=Path(report) if report else None,
         baseline=Path(baseline) if baseline else None,
@@ -172,6 +175,16 @@ def _thresholds(
         flag = f"--aprt-threshold={name.strip()}"
         thresholds[stage_named(name).name] = (cosine_named(flag, value), flag)
     return thresholds
+
+
+def _steps(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_STEPS
+    if not re.fullmatch(r"\d{1,4}", text.strip(), re.ASCII):
+        raise SettingsError(
+            f"--aprt-decode-steps={text} is not valid: expected a number of steps such as 3, or 0"
+        )
+    return int(text)
 
 
 def token_ids(flag: str, text: str) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ class Workbench:
         settings = read_settings(lambda key: option(config, key), command=command)
         headers = open_headers(settings.weights, settings.oracle)
         points = settings.points(headers.graph)
-        workbench = cls(config, test_names(headers, points), points)
+        workbench = cls(config, test_names(headers, points, settings.decode_steps), points)
         workbench._settings, workbench._headers = settings, headers
         return workbench
 

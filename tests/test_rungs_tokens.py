@@ -12,9 +12,9 @@ from faults.ladder import TOKEN_FAULTS
 from harness import FIXTURES, fixture_pair
 
 from pytest_aprt.errors import SourceError
-from pytest_aprt.rungs import ROW_STATUSES
+from pytest_aprt.rungs import ROW_STATUSES, TOKENS
 from pytest_aprt.rungs.tokenizer import SPLITTINGS, GgufTokenizer, merges_of
-from pytest_aprt.rungs.tokens import NAMES, PROMPTS, token_rows
+from pytest_aprt.rungs.tokens import PROMPTS, token_rows
 from pytest_aprt.sources.gguf import GgufFile
 
 
@@ -33,8 +33,8 @@ def with_gguf(pair, path):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3"])
 def test_a_clean_pair_passes_every_test(pairs, family):
     rows = token_rows(pairs[family], ("What is 2+2?",))
-    assert [row.name for row in rows] == list(NAMES)
-    assert {row.name: row.status for row in rows} == dict.fromkeys(NAMES, "pass")
+    assert [row.name for row in rows] == list(TOKENS)
+    assert {row.name: row.status for row in rows} == dict.fromkeys(TOKENS, "pass")
 
 
 @pytest.mark.parametrize("fault", TOKEN_FAULTS, ids=lambda fault: fault.name)
@@ -87,7 +87,7 @@ def test_without_a_tokenizer_on_either_side_the_reason_is_given(pairs):
     pair = pairs["qwen2"]
     empty = SimpleNamespace(metadata={"general.architecture": "qwen2"})
     rows = token_rows(dataclasses.replace(pair, gguf=empty), ())
-    assert [row.name for row in rows] == list(NAMES)
+    assert [row.name for row in rows] == list(TOKENS)
     assert {row.status for row in rows} == {"unavailable"}
     assert ROW_STATUSES["unavailable"] == "skipped"
     assert "the GGUF holds no tokenizer" in rows[0].reason

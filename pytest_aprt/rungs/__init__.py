@@ -12,6 +12,20 @@ from typing import Any
 LADDER = ("tokens", "config", "weights", "stages", "logits", "decode", "path")
 """The rungs in order; a verdict names the first that breaks."""
 
+TOKENS = (
+    "vocabulary", "texts", "types", "merges", "bos", "eos", "add_bos", "add_eos", "pre_tokenizer",
+    "prose", "code", "digits", "spaces", "newlines", "emoji", "scripts", "special", "user",
+)  # fmt: skip
+LOGITS = ("last", "all")
+PATH = ("logits",)
+"""The tests of the rungs; ``last`` is the last position, ``all`` all positions of a prompt."""
+
+
+def decode_names(steps: int) -> tuple[str, ...]:
+    """Return the tests of the decode rung."""
+    return (*(f"step{k}" for k in range(1, steps + 1)), "growth", "text") if steps else ()
+
+
 ROW_STATUSES = {
     # status of a row of the rungs tokens, logits, decode and path: outcome of its test
     "pass": "passed",

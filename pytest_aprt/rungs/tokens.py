@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.errors import SourceError
-from pytest_aprt.rungs import Row, judged, unavailable
+from pytest_aprt.rungs import TOKENS, Row, judged, unavailable
 from pytest_aprt.rungs.tokenizer import (
     BYTE_LEVEL,
     CONTROL,
@@ -55,22 +55,6 @@ PROMPTS = {
 """Built-in prompts. All are in Unicode's form NFC: whether a tokenizer composes text first, which
 the GGUF format cannot say, is shown by the user's own prompts only."""
 
-NAMES = (
-    "vocabulary",
-    "texts",
-    "types",
-    "merges",
-    "bos",
-    "eos",
-    "add_bos",
-    "add_eos",
-    "pre_tokenizer",
-    *PROMPTS,
-    "special",
-    "user",
-)
-"""The tests of this rung."""
-
 _PADDING = re.compile(r"\[PAD\d+\]")  # older converters call these user-defined
 _SPECIAL_TOKENS = 4  # of the oracle's, put into the prompt of the test "special"
 
@@ -84,11 +68,11 @@ def token_rows(pair: Pair, prompts: Sequence[str]) -> list[Row]:
     """
     model = GgufTokenizer(pair.gguf.metadata)
     if not model.kind:
-        return unavailable(NAMES, "the GGUF holds no tokenizer (tokenizer.ggml.tokens)")
+        return unavailable(TOKENS, "the GGUF holds no tokenizer (tokenizer.ggml.tokens)")
     try:
         oracle = pair.tokenizer
     except SourceError as error:
-        return unavailable(NAMES, str(error))
+        return unavailable(TOKENS, str(error))
     sides = _Sides(model, oracle, pair.model_facts.vocab, end_tokens(pair))
     rows = [judge(sides) for judge in _JUDGES]
     texts = {**PROMPTS, "special": sides.special_prompts, "user": tuple(prompts)}
