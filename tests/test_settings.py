@@ -68,7 +68,8 @@ def test_flag_and_key_are_twins():
     assert [option.flag for option in OPTIONS] == [
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine", "--aprt-prompt",
         "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
-        "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-strict",
+        "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
+            "--aprt-strict",
         "--aprt-contracts", "--aprt-run-shell", "--aprt-shell-timeout", "--aprt-report",
         "--aprt-baseline",
     ]  # fmt: skip
@@ -316,3 +317,11 @@ def test_prompt_sets(read):
     assert "--aprt-prompt-set=tall is not valid: expected one of short, long" in refusal(
         read, aprt_prompt_set=["tall"]
     )
+
+
+def test_steps_to_decode_are_a_number(read):
+    assert read().decode_steps == 3
+    assert read(aprt_decode_steps="0").decode_steps == 0
+    for text in ("-1", "many", "1.5", ""):
+        with pytest.raises(SettingsError, match="expected a number of steps such as 3, or 0"):
+            read(aprt_decode_steps=text)
