@@ -15,9 +15,11 @@ from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
 from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.consensus import in_words
+from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair, one_thread
+from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.rungs.config import fact_rows
@@ -55,6 +57,8 @@ def run(
     prompts = prompts_of(settings, pair)
     engine, name = engine_of(pair, settings, user_engine)
     profile = _profile(settings, engine)
+    if settings.dump is not None:
+        keep = kept_in(settings.dump, prompts, _recorded(pair, name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
     measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -111,12 +115,18 @@ def run(
 def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
     """Return the prompts as the oracle's tokenizer splits them, or the ids that were given.
 
+    Where none was asked for, they are those of a dump's manifest.
+
     Raises:
         SettingsError: a prompt without tokens, or an id outside the vocabulary.
         SourceError: the oracle has no tokenizer.
     """
     prompts = [Prompt(text="", tokens=tokens) for tokens in settings.tokens]
     texts = [Cut(text) for text in settings.prompts]
+    if not (prompts or texts or settings.prompt_sets):
+        dumped = DumpRunner.open(settings.model).prompts  # others have a default
+        prompts = [Prompt(text=text, tokens=tokens) for text, tokens in dumped]
+        texts = [] if prompts else [Cut(DEFAULT_PROMPT)]
     texts += [cut for name in settings.prompt_sets for cut in PROMPT_SETS[name]]
     if texts:
         prompts += [_tokenised(pair.tokenizer, cut) for cut in texts]
@@ -146,11 +156,18 @@ def engine_of(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[
         name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
         return CheckedEngine(user_engine, pair.graph, pair.oracle_facts, name), name
     if settings.model_kind == "dump":
-        from pytest_aprt.dump import DumpRunner
-
         dump = DumpRunner.open(settings.model)
         return CheckedEngine(dump, pair.graph, pair.oracle_facts, settings.model), "dump"
     return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin"
+
+
+def _recorded(pair: Pair, engine: str, profile: Profile) -> Fields:
+    """Return what the manifests of both sides' dumps say."""
+    hashes = {"model_sha256": pair.gguf.sha256(), "oracle_sha256": pair.oracle.sha256()}
+    return {
+        "model": {**hashes, "engine": engine, "arithmetic": profile.name},
+        "oracle": {**hashes, "engine": "transformers", "arithmetic": "float32"},
+    }
 
 
 def _profile(settings: Settings, engine: Engine) -> Profile:

@@ -29,7 +29,8 @@ class Settings:
     """The validated settings of one run.
 
     ``thresholds`` gives each stage its cosine and where that was set. ``weights`` is the GGUF
-    behind the model, which is the model itself where that is a GGUF.
+    behind the model, which is the model itself where that is a GGUF. A dump may know its own
+    prompts, so none may be asked for.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Settings:
     arithmetic: str
     decode_steps: int
     strict: bool
+    dump: Path | None
     report: Path | None
     baseline: Path | None
     command: str
@@ -96,19 +98,19 @@ def read_settings(get: Get, *, command: str) -> Settings:
         raise SettingsError(
             f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it ran on"
         )
-    prompts, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
+    asked, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
     sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
     default = get("aprt_min_cosine")
     cosine = DEFAULT_COSINE if default is None else cosine_named("--aprt-min-cosine", default)
     source = "default" if default is None else "--aprt-min-cosine"
-    report, baseline = get("aprt_report"), get("aprt_baseline")
+    dump, report, baseline = get("aprt_dump"), get("aprt_report"), get("aprt_baseline")
     return Settings(
         model=model,
         model_kind=kind,
         oracle=oracle,
         weights=weights,
         engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
-        prompts=prompts or (() if tokens or sets else (DEFAULT_PROMPT,)),
+        prompts=asked if asked or tokens or sets or kind == "dump" else (DEFAULT_PROMPT,),
         prompt_sets=tuple(_one_of("--aprt-prompt-set", name, PROMPT_SET_NAMES) for name in sets),
         tokens=tuple(token_ids("--aprt-tokens", text) for text in tokens),
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
@@ -117,6 +119,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         arithmetic=profile_named(get("aprt_arithmetic") or "auto").name,
         decode_steps=_steps(get("aprt_decode_steps")),
         strict=bool(get("aprt_strict")),
+        dump=Path(dump) if dump else None,
         report=Path(report) if report else None,
         baseline=Path(baseline) if baseline else None,
         command=command,

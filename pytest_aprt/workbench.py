@@ -95,6 +95,10 @@ class Workbench:
         command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         settings = read_settings(lambda key: option(config, key), command=command)
         headers = open_headers(settings.weights, settings.oracle)
+        if settings.model_kind == "dump":
+            from pytest_aprt.dump import DumpRunner
+
+            DumpRunner.open(settings.model)
         points = settings.points(headers.graph)
         workbench = cls(config, test_names(headers, points, settings.decode_steps), points)
         workbench._settings, workbench._headers = settings, headers

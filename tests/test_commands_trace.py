@@ -57,7 +57,8 @@ def test_saves_what_the_engine_yields(tmp_path, capsys, model):
             assert folder.manifest["files"][place]["shape"] == list(array.shape)
     manifest = folder.manifest
     assert manifest["tokens"] == list(TOKENS) and manifest["arithmetic"] == "float32"
-    assert manifest["model"]["architecture"] == "qwen2" and len(manifest["model"]["sha256"]) == 64
+    assert manifest["architecture"] == "qwen2" and manifest["prompt"] == ""
+    assert len(manifest["model_sha256" if model == GGUF else "oracle_sha256"]) == 64
 
 
 def test_runs_are_byte_identical(tmp_path):

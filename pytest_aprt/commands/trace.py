@@ -64,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
         "--save-tensor-layers", arguments.save_tensor_layers, model.graph.n_layers
     )
     wanted = _wanted(model.graph, {stage.name for stage in stages}, set(layers), arguments)
+    prompt = "" if arguments.tokens is not None else arguments.prompt
     tokens = _tokens(arguments, model)
     count = 0
-    with DumpWriter(folder, tokens, model.fields) as writer:
+    with DumpWriter(folder, tokens, {**model.fields, "prompt": prompt}) as writer:
         for captured in _run(model, tokens, last=max(wanted, key=_place), of=arguments.model):
             for stage in wanted.get(captured.layer, ()):
                 writer.write(captured.layer, stage, captured.stages[stage].numpy())
@@ -178,8 +179,13 @@ def _open_hugging_face(source: str) -> _Model:
 
 
 def _fields(kind: str, sha256: str, architecture: str, engine: str) -> dict[str, Any]:
-    model = {"kind": kind, "sha256": sha256, "architecture": architecture, "engine": engine}
-    return {"model": model, "arithmetic": "float32"}
+    side = "model" if kind == "gguf" else "oracle"
+    return {
+        f"{side}_sha256": sha256,
+        "architecture": architecture,
+        "engine": engine,
+        "arithmetic": "float32",
+    }
 
 
 def _tokens(arguments: argparse.Namespace, model: _Model) -> tuple[int, ...]:
