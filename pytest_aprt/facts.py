@@ -303,22 +303,26 @@ def agree(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _always(model: Facts, oracle: Facts, tokens: int) -> bool:
-    return True
+def _from_the_first(model: Facts, oracle: Facts) -> float:
+    return 0
 
 
-def _beyond_context(model: Facts, oracle: Facts, tokens: int) -> bool:
-    return tokens > min(model.context, oracle.context)
+def _from_the_second(model: Facts, oracle: Facts) -> float:
+    return 1  # the angle of position 0 is 0 whatever the base
 
 
-def _beyond_window(model: Facts, oracle: Facts, tokens: int) -> bool:
+def _beyond_context(model: Facts, oracle: Facts) -> float:
+    return min(model.context, oracle.context)
+
+
+def _beyond_window(model: Facts, oracle: Facts) -> float:
     pairs = zip(model.windows, oracle.windows, strict=False)
-    return any(a != b and min(a or tokens, b or tokens) < tokens for a, b in pairs)
+    return min((min(a or math.inf, b or math.inf) for a, b in pairs if a != b), default=math.inf)
 
 
-def _head_is_missing(model: Facts, oracle: Facts, tokens: int) -> bool:
+def _head_is_missing(model: Facts, oracle: Facts) -> float:
     # A tied oracle against an explicit output.weight is judged by that tensor (weights rung).
-    return model.tied_embeddings and not oracle.tied_embeddings
+    return 0 if model.tied_embeddings and not oracle.tied_embeddings else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +331,8 @@ class Fact:
 
     ``field`` is the name in ``Facts``; ``key`` and ``config`` are where each side states it;
     ``feeds`` are the stages whose numbers it decides. Sides that differ in a size (``is_size``)
-    cannot be compared at all; else ``matters`` says whether a disagreement changes the result for
-    a prompt of so many tokens.
+    cannot be compared at all; else ``beyond`` says how many tokens a prompt may have before a
+    disagreement changes its result: infinity if it never does.
     """
 
     name: str
@@ -337,7 +341,11 @@ class Fact:
     config: str
     feeds: tuple[str, ...]
     is_size: bool = False
-    matters: Callable[[Facts, Facts, int], bool] = _always
+    beyond: Callable[[Facts, Facts], float] = _from_the_first
+
+    def matters(self, model: Facts, oracle: Facts, tokens: int) -> bool:
+        """Return whether a disagreement changes the result for a prompt of ``tokens``."""
+        return tokens > self.beyond(model, oracle)
 
 
 _EVERY = ("embedding",)
@@ -362,15 +370,15 @@ _FACT_ROWS = (
     Fact(name="norm_eps", field="eps", key="attention.layer_norm_rms_epsilon",
          config="rms_norm_eps", feeds=_NORMS),
     Fact(name="rope_theta", field="rope_theta", key="rope.freq_base", config="rope_theta",
-         feeds=_ROPE),
+         feeds=_ROPE, beyond=_from_the_second),
     Fact(name="rope_scaling", field="rope_scaling", key="rope.scaling", config="rope_scaling",
          feeds=_ROPE),
     Fact(name="sliding_window", field="windows", key="attention.sliding_window",
-         config="sliding_window", feeds=("attn_softmax",), matters=_beyond_window),
+         config="sliding_window", feeds=("attn_softmax",), beyond=_beyond_window),
     Fact(name="context_length", field="context", key="context_length",
-         config="max_position_embeddings", feeds=_ROPE, matters=_beyond_context),
+         config="max_position_embeddings", feeds=_ROPE, beyond=_beyond_context),
     Fact(name="tied_embeddings", field="tied_embeddings", key="output.weight",
-         config="tie_word_embeddings", feeds=("lm_head",), matters=_head_is_missing),
+         config="tie_word_embeddings", feeds=("lm_head",), beyond=_head_is_missing),
     Fact(name="activation", field="activation", key="general.architecture", config="hidden_act",
          feeds=("ffn_silu",)),
 )  # fmt: skip

@@ -104,6 +104,8 @@ def _config(report: Report, name: str) -> Outcome:
         f"config {name}: {fact['model']} in the model ({fact['key']}), {fact['oracle']} in the "
         f"oracle ({fact['config']})"
     )
+    if fact["reason"]:
+        text = f"config {name} {fact['reason']}"
     properties = {"model": str(fact["model"]), "oracle": str(fact["oracle"])}
     failed = fact["status"] == "broken"
     return Outcome(outcome="failed" if failed else "passed", text=text, properties=properties)

@@ -228,6 +228,10 @@ class FactJson(TypedDict):
     key: str
     config: str
     status: str  # agree, differs (without effect on this run), broken
+    reason: str
+    model_states: bool  # whether the file holds the key; else the value is a default
+    oracle_states: bool
+    matters_beyond: Number  # tokens
 
 
 class TensorJson(TypedDict):
@@ -478,6 +482,10 @@ def _fact(row: FactRow) -> FactJson:
         "key": row.key,
         "config": row.config,
         "status": "broken" if row.broken else "agree" if row.agree else "differs",
+        "reason": row.reason,
+        "model_states": row.model_states,
+        "oracle_states": row.oracle_states,
+        "matters_beyond": number(row.beyond),
     }
 
 

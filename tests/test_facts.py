@@ -281,9 +281,14 @@ def matters(name, tokens, model=None, oracle=None):
     )
 
 
-@pytest.mark.parametrize("name", ["norm_eps", "rope_theta", "rope_scaling", "activation"])
+@pytest.mark.parametrize("name", ["norm_eps", "rope_scaling", "activation"])
 def test_some_facts_always_matter(name):
     assert matters(name, 1)
+
+
+def test_the_base_of_rope_matters_from_the_second_token_on():
+    assert not matters("rope_theta", 1)
+    assert matters("rope_theta", 2)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(9, False), (10, False), (11, True)])

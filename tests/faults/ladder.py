@@ -224,3 +224,33 @@ WEIGHT_FAULTS = (
                  "a tensor that no code reads",
                  lambda file: {"blk.1.attn_sinks.weight": file.tensor("blk.1.attn_q.bias")}),
 )  # fmt: skip
+
+
+# --- config ---------------------------------------------------------------------------------------
+
+
+def stated(name: str, value: Any) -> Callable[[Metadata], Metadata]:
+    return lambda old: {f"{old['general.architecture']}.{name}": value}
+
+
+CONFIG_FAULTS = (
+    FileFault(name="rope-base", rung="config", like="the base of another release",
+              metadata=stated("rope.freq_base", 10000.0), found=tests("rope_theta"),
+              says="is 10000.0 in the model, 1000000.0 in the oracle"),
+    FileFault(name="rope-base-missing", rung="config", like="a key that a converter left out",
+              metadata=stated("rope.freq_base", GONE), found=tests("rope_theta"),
+              says="the GGUF has no rope.freq_base: llama.cpp's default"),
+    FileFault(name="eps", rung="config", like="eps of another family",
+              metadata=stated("attention.layer_norm_rms_epsilon", 1e-5), found=tests("norm_eps"),
+              says="is 9.99999"),
+    FileFault(name="linear-scaling", rung="config", like="a context extension left in the file",
+              metadata=lambda old: {"qwen2.rope.scaling.type": "linear",
+                                    "qwen2.rope.scaling.factor": 4.0},
+              found=tests("rope_scaling"), says="is linear, factor 4 in the model, none"),
+    FileFault(name="divisors-missing", rung="config", like="rope_freqs.weight left out",
+              family="llama", tensors=lambda file: {"rope_freqs.weight": GONE},
+              found=tests("rope_scaling"), says="is none in the model"),
+    FileFault(name="window", rung="config", like="a window where the oracle has none",
+              metadata=stated("attention.sliding_window", 4), found=tests("sliding_window"),
+              says="it matters beyond 4 tokens"),
+)  # fmt: skip
