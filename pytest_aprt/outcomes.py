@@ -151,6 +151,7 @@ def _row(rung: str) -> Callable[[Report, str], Outcome]:
         return Outcome(
             outcome=ROW_STATUSES[row["status"]],
             text=f"{rung} {name}: {row['reason'] or row['status']}",
+            reason=row["reason"],
             properties={key: value for key, value in row.items() if isinstance(value, _SCALARS)},
         )
 

@@ -22,6 +22,7 @@ from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair, one_thread
 from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.prompts import PROMPT_SETS, Cut
+from pytest_aprt.rungs import following
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
@@ -76,6 +77,10 @@ def run(
     verdict = conclude(
         pair.graph, points, measurement, facts, thresholds, rungs, strict=settings.strict
     )
+    causes = [f"config-{row.name}" for row in facts if row.broken]
+    causes += [str(origin.point) for origin in verdict.origins]
+    for rung in ("logits", "decode") if causes else ():
+        rungs[rung] = following(rungs[rung], causes[0])
     return report.build(
         run={
             "id": uuid.uuid4().hex,

@@ -10,7 +10,16 @@ from harness import FIXTURES, fixture_pair
 
 from pytest_aprt.pair import open_headers
 from pytest_aprt.run import run
-from pytest_aprt.rungs import LADDER, LOGITS, PATH, TOKENS, decode_names
+from pytest_aprt.rungs import (
+    LADDER,
+    LOGITS,
+    PATH,
+    ROW_STATUSES,
+    TOKENS,
+    Row,
+    decode_names,
+    following,
+)
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.settings import read_settings
 
@@ -118,3 +127,17 @@ def test_the_lowest_rung_is_named_where_several_break(tmp_path):
 def test_there_are_faults_for_every_rung():
     assert len(TOKEN_FAULTS) + len(CONFIG_FAULTS) + len(WEIGHT_FAULTS) + len(CACHE_FAULTS) >= 55
     assert len(BY_NAME) == len(TOKEN_FAULTS) + len(CONFIG_FAULTS) + len(WEIGHT_FAULTS)
+
+
+def test_logits_that_follow_from_a_stage_are_no_failure_of_their_own():
+    rows = [
+        Row(name="last", status="broken", reason="flip"),
+        Row(
+            name="step2", status="broken", reason="cache", figures={"first_point": "L01-attention"}
+        ),
+        Row(name="all", status="pass"),
+    ]
+    found = following(rows, "L00-q_post_rope")
+    assert [row.status for row in found] == ["inherited", "broken", "pass"]
+    assert found[0].reason == "follows from L00-q_post_rope: flip"
+    assert ROW_STATUSES["inherited"] == "xfailed"

@@ -6,7 +6,7 @@ Nothing here imports torch, so that the names of tests cost nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LADDER = ("tokens", "config", "weights", "stages", "logits", "decode", "path")
@@ -32,6 +32,7 @@ ROW_STATUSES = {
     "differs": "passed",  # a difference that does not change the result
     "near-tie": "passed",  # a flip that rounding explains
     "noise": "passed",  # a flip that the quantised weights alone cause
+    "inherited": "xfailed",  # follows from a stage or a fact that breaks
     "broken": "failed",
     "unavailable": "skipped",  # the reason says what is missing
 }
@@ -63,3 +64,16 @@ def unavailable(names: Iterable[str], reason: str) -> list[Row]:
 def judged(name: str, reason: str = "", **figures: Any) -> Row:
     """Return a row that is broken for a reason, and passes without one."""
     return Row(name=name, status="broken" if reason else "pass", reason=reason, figures=figures)
+
+
+def following(rows: Iterable[Row], cause: str) -> list[Row]:
+    """Return rows of which the broken ones follow from ``cause``.
+
+    What a step with the cache has against the model's own prefill follows from nothing before it.
+    """
+    return [
+        replace(row, status="inherited", reason=f"follows from {cause}: {row.reason}")
+        if row.broken and "first_point" not in row.figures
+        else row
+        for row in rows
+    ]

@@ -1,7 +1,7 @@
 """How the plugin behaves among pytest's options, in a user's own suite.
 
-The faulty project has 115 tests: 2 fail (the fault and the gate), 20 inherit, 93 pass. Its engine
-counts its runs: one, whatever the options.
+The faulty project has 141 tests: 2 fail (the fault and the gate), 20 inherit, 24 are skipped, 95
+pass. Its engine counts its runs: one, whatever the options.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from short_summary import summary
 
-ALL = {"failed": 2, "passed": 93, "xfailed": 20}
+ALL = {"failed": 2, "passed": 95, "skipped": 24, "xfailed": 20}
 FAULT = "aprt::L01-ffn_silu"
 
 
@@ -53,7 +53,7 @@ def test_any_option_gives_the_same_outcomes_from_one_run(faulty, args):
     result = faulty(*args)
     expected = dict(ALL)
     if "no:skipping" in args:  # pytest.xfail then is an exception like any other
-        expected = {"failed": 22, "passed": 93}
+        expected = {"failed": 22, "passed": 95, "skipped": 24}
     if "-qq" not in args:  # which prints no counts
         assert outcomes(result) == expected
     assert result.ret == 1
@@ -91,7 +91,8 @@ def test_stepwise_goes_on_where_it_stopped(faulty):
     assert outcomes(stopped)["failed"] == 1
     passed = outcomes(stopped)["passed"]
     on = faulty("--stepwise", "--stepwise-skip")
-    assert outcomes(on) == {"failed": 2, "passed": 93 - passed, "xfailed": 20}  # one is let off
+    left = {"failed": 2, "passed": 95 - passed, "skipped": 6, "xfailed": 20}  # one is let off
+    assert outcomes(on) == left
 
 
 def test_last_failed_with_a_users_test_that_failed_too(faulty):
@@ -113,7 +114,8 @@ def test_selecting(faulty):
     assert outcomes(faulty("-k", "ffn_silu and L01")) == {"failed": 1}
     assert outcomes(faulty("-k", "ffn_silu and L01", "-n2")) == {"failed": 1}
     assert outcomes(faulty("--deselect", FAULT, "--deselect=aprt::gate")) == {
-        "passed": 93,
+        "passed": 95,
+        "skipped": 24,
         "xfailed": 20,
     }
     assert faulty.runs() == 3
@@ -147,7 +149,7 @@ def test_no_model_runs_where_nothing_is_tested(faulty, args):
     assert result.ret == 0
     assert faulty.runs() == 0
     if args == ["--collect-only", "-q", "-n2"]:
-        result.stdout.fnmatch_lines(["aprt::selftest-tokens", FAULT, "aprt::gate", "115 tests *"])
+        result.stdout.fnmatch_lines(["aprt::selftest-tokens", FAULT, "aprt::gate", "141 tests *"])
 
 
 def test_without_a_terminal_reporter(faulty):
@@ -155,13 +157,13 @@ def test_without_a_terminal_reporter(faulty):
     assert result.ret == 1
     assert faulty.runs() == 1
     suite = ET.parse(faulty.path / "junit.xml").getroot().find("testsuite")
-    assert (suite.get("failures"), suite.get("skipped"), suite.get("tests")) == ("2", "20", "115")
+    assert (suite.get("failures"), suite.get("skipped"), suite.get("tests")) == ("2", "44", "141")
 
 
 @pytest.mark.parametrize("args", [[], ["-n2"]], ids=["alone", "-n2"])
 def test_runxfail_does_not_let_what_is_inherited_pass(faulty, args):
     result = faulty("--runxfail", *args)
-    assert outcomes(result) == {"failed": 22, "passed": 93}
+    assert outcomes(result) == {"failed": 22, "passed": 95, "skipped": 24}
 
 
 @pytest.mark.parametrize("args", [[], ["-n2"], ["-o", "junit_family=xunit1"]], ids=" ".join)
@@ -170,7 +172,7 @@ def test_junit_xml(faulty, args):
     cases = {
         case.get("name"): case for case in ET.parse(faulty.path / "junit.xml").iter("testcase")
     }
-    assert len(cases) == 115
+    assert len(cases) == 141
     classes = {name: case.get("classname") for name, case in cases.items()}
     assert classes["L01-ffn_silu"] == classes["L01-attn_norm"] == "aprt.L01"
     assert classes["lm_head"] == classes["gate"] == "aprt.model"
@@ -231,7 +233,7 @@ def test_the_worst_of_several_prompts_decides_and_all_are_kept(faulty):
     conftest = faulty.path / "conftest.py"
     planted = "value * (1.25 if len(value) == 3 else 1.0)"  # seen by the shorter prompt alone
     conftest.write_text(conftest.read_text().replace("value * 1.25", planted))
-    assert outcomes(faulty())["passed"] == 115
+    assert outcomes(faulty())["passed"] == 117
     assert faulty.runs() == 1
     result = faulty("--aprt-tokens=7,8,9", "--aprt-report=out")
     assert outcomes(result)["failed"] == 2
