@@ -33,7 +33,11 @@ class ArchitectureError(AprtError):
 
 
 class CaptureError(AprtError):
-    """A runner or an engine yielded stages that cannot be a capture."""
+    """A runner or an engine yielded stages that cannot be a capture; ``test`` is the self-test."""
+
+    def __init__(self, text: str, test: str = "capture") -> None:
+        super().__init__(text)
+        self.test = test
 
 
 class ContractError(AprtError):

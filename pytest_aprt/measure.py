@@ -178,7 +178,7 @@ def measure_pair(
                 progress("final norm and head" if layer is None else f"layer {layer}", done, total)
             result.finals += [finals for lane in lanes for finals in lane.finals]
     except CaptureError as error:
-        checks.fail("capture", str(error))
+        checks.fail(error.test, str(error))
     result.arithmetics = runs.tally.arithmetics()
     result.errors = settled(result.errors, result.arithmetics)
     result.self_tests = checks.results()

@@ -16,6 +16,7 @@ from pytest_aprt.arithmetic import Profile, profile_named
 from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
+from pytest_aprt.dump_checks import CheckedDump, swapped_sides
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair, one_thread
@@ -28,6 +29,7 @@ from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
 from pytest_aprt.rungs.path import path_rows
 from pytest_aprt.rungs.tokens import token_rows
+from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
 from pytest_aprt.verdict import Threshold, conclude
 
@@ -62,6 +64,8 @@ def run(
         keep = kept_in(settings.dump, prompts, _recorded(pair, name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
     measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
+    if settings.model_kind == "dump" and (swapped := swapped_sides(measurement.errors)):
+        measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)
     thresholds = {
@@ -162,6 +166,8 @@ def engine_of(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[
         return CheckedEngine(user_engine, pair.graph, pair.oracle_facts, name), name
     if settings.model_kind == "dump":
         dump = DumpRunner.open(settings.model)
+        if not dump.has_manifest:
+            return CheckedDump(dump, pair, settings.model), "dump"
         return CheckedEngine(dump, pair.graph, pair.oracle_facts, settings.model), "dump"
     return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin"
 

@@ -153,3 +153,11 @@ class Checks:
             error = excess * self.TOLERANCE.base
             details["replay"] += f": {seen['replay']} points, worst {point} at {error:.0e}"
         return details
+
+
+def failed(tests: Sequence[SelfTest], name: str, reason: str) -> list[SelfTest]:
+    """Return the outcomes with the check ``name`` failed, unless it had failed before."""
+    return [
+        SelfTest(name=name, passed=False, detail=reason) if t.name == name and t.passed else t
+        for t in tests
+    ]

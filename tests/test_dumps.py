@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,14 @@ from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, 
 from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.dump import DumpRunner, kept_in
+from pytest_aprt.dump_checks import CheckedDump
 from pytest_aprt.errors import SettingsError, SourceError
 from pytest_aprt.measure import Prompt, measure_pair
-from pytest_aprt.sources.aprt import DumpFolder
+from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.pair import open_headers
+from pytest_aprt.run import run
+from pytest_aprt.settings import read_settings
+from pytest_aprt.sources.aprt import WHOLE_MODEL, DumpFolder, write_tensor
 
 FIELDS = {"model": {"arithmetic": "auto"}, "oracle": {"arithmetic": "float32"}}
 
@@ -116,3 +122,130 @@ def test_the_manifest_declares_the_arithmetic(pair, tmp_path):
         fields = {"model": {"arithmetic": declared}}
         folder = dump(builtin(pair), tmp_path / declared, fields=fields)
         assert DumpRunner.open(str(folder)).arithmetic == found
+
+
+# Dumps of other tools: they do not say what they hold
+
+
+def foreign(engine, folder, tokens=TOKENS, change=lambda layer, stages: stages):
+    """Write an engine's run as other tools do, without a manifest."""
+    for layer, stages in engine.layers(tokens):
+        for name, value in change(layer, dict(stages)).items():
+            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
+            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
+    return CheckedDump(DumpRunner.open(str(folder)), fixture_pair(), "dump")
+
+
+def verdict_on(pair, engine, tokens=TOKENS):
+    """The verdict of a run, with the check for swapped sides."""
+    settings = read_settings(
+        {
+            "aprt_model": engine,
+            "aprt_weights": str(pair.gguf.path),
+            "aprt_oracle": str(pair.oracle.path),
+            "aprt_tokens": [",".join(map(str, tokens))],
+        }.get,
+        command="",
+    )
+    headers = open_headers(settings.weights, settings.oracle)
+    return run(headers, settings, None, lambda what, done, total: None)["verdict"]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "q8_k", "bfloat16"])
+def test_a_foreign_dump_is_judged_as_the_live_run_was(pair, tmp_path, arithmetic):
+    fault = next(f for f in FAULTS if f.name == "rope-theta-10k")
+    for planted in (None, fault):
+        engine = faulty(pair, planted, **ARITHMETICS[arithmetic])
+        live, again = (
+            verdict_of(pair, e) for e in (engine, foreign(engine, tmp_path / str(planted is None)))
+        )
+        assert (again.summary, origins_of(again)) == (live.summary, origins_of(live))
+        assert bool(origins_of(again)) == (planted is not None)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
+@pytest.mark.parametrize("place", [0, 6])
+def test_another_prompts_dump_is_recognised(pair, tmp_path, arithmetic, place):
+    other = list(TOKENS)
+    other[place] += 1
+    engine = foreign(faulty(pair, **ARITHMETICS[arithmetic]), tmp_path, tuple(other))
+    verdict = verdict_of(pair, engine)
+    assert (verdict.status, verdict.rung) == ("INCONCLUSIVE", "self-test")
+    assert f"row {place} of its embedding is that of token {other[place]}" in verdict.summary
+    assert "the self-test 'tokens' failed" in verdict.summary
+
+
+@pytest.mark.parametrize("name", ["embedding-scaled", "embedding-row"])
+def test_a_fault_in_the_embedding_is_no_other_prompt(pair, tmp_path, name):
+    fault = next(f for f in FAULTS if f.name == name)
+    live = verdict_of(pair, faulty(pair, fault))
+    again = verdict_of(pair, foreign(faulty(pair, fault), tmp_path))
+    assert origins_of(again) == origins_of(live) == ["L00-embedding"]
+
+
+def test_prompts_of_other_lengths(pair, tmp_path):
+    for tokens, says in (((*TOKENS, 5, 6), "holds 9 rows"), (TOKENS[:4], "holds 4 rows")):
+        engine = foreign(builtin(pair), tmp_path / str(len(tokens)), tokens)
+        verdict = verdict_of(pair, engine)
+        assert verdict.status == "INCONCLUSIVE" and says in verdict.summary
+
+
+def padded(layer, stages):
+    if layer == 1:
+        stages["attn_out"] = np.pad(stages["attn_out"], ((0, 25), (0, 0)))
+    return stages
+
+
+def last_position(layer, stages):
+    return {name: value[-1:] if value.ndim == 2 else value for name, value in stages.items()}
+
+
+def after_bias(layer, stages):
+    return stages | ({"qkv_matmul": stages["qkv_bias"]} if layer is not None else {})
+
+
+def before_bias(layer, stages):
+    return stages | ({"qkv_bias": stages["qkv_matmul"]} if layer is not None else {})
+
+
+def one_layer(layer, stages):
+    same.update({n: v for n, v in stages.items() if layer == 0 and n != "embedding"})
+    return {n: same.get(n, v) for n, v in stages.items()}
+
+
+same: dict = {}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (padded, "L01-attn_out holds 32 rows, the prompt has 7 tokens: it is padded"),
+        (last_position, "L00-embedding holds 1 rows, the prompt has 7 tokens: a dump of the last"),
+        (after_bias, "L00-qkv_matmul holds the values after the bias"),
+        (before_bias, "L00-qkv_bias holds the values before the bias"),
+        (one_layer, "hold the same bytes in every stage"),
+    ],
+)
+def test_broken_captures_are_recognised(pair, tmp_path, change, says):
+    for arithmetic in ("float32", "q8_k"):
+        engine = faulty(pair, **ARITHMETICS[arithmetic])
+        verdict = verdict_of(pair, foreign(engine, tmp_path / arithmetic, change=change))
+        assert verdict.status == "INCONCLUSIVE" and says in verdict.summary
+
+
+@pytest.mark.parametrize("name", ["qkv-bias-missing", "qkv-bias-twice"])
+def test_a_fault_in_the_bias_is_no_broken_capture(pair, tmp_path, name):
+    fault = replace(next(f for f in FAULTS if f.name == name), layer=0)
+    verdict = verdict_of(pair, foreign(faulty(pair, fault), tmp_path))
+    assert origins_of(verdict) == ["L00-qkv_bias"]
+
+
+def test_swapped_sides_are_recognised(pair, tmp_path):
+    oracle = TransformersRunner(pair.config, pair.oracle_weights)
+    foreign(oracle, tmp_path / "foreign")
+    for folder in (tmp_path / "foreign", dump(oracle, tmp_path, side="model")):
+        verdict = verdict_on(pair, str(folder))
+        assert verdict["status"] == "INCONCLUSIVE"
+        assert "equals the oracle at all 71 points" in verdict["summary"]
+    healthy = verdict_on(pair, str(dump(builtin(pair), tmp_path / "healthy")))
+    assert healthy["status"] == "QUANTISATION_NOISE"
