@@ -79,7 +79,8 @@ class ContractPlugin:
         self._bench: Bench | None = None
         self.outcomes: dict[str, Evaluated] = {}
         self.contracts: dict[Path, Contract] = {}
-        named = bool(config.getoption("aprt_contracts") or option(config, "aprt_contracts"))
+        named = bool(option(config, "aprt_contracts"))
+        self._typed = bool(config.getoption("aprt_contracts"))
         for folder in folders:
             before = len(self.contracts)
             for path in contracts_in(folder) if folder.is_dir() else [folder]:
@@ -131,7 +132,10 @@ class ContractPlugin:
 
     def bound(self, falsifier: Falsifier) -> Bound | str:
         """Return how a falsifier is bound, or why it is not."""
-        return bind(falsifier, self.shell)
+        bound = bind(falsifier, self.shell)
+        if isinstance(bound, Bound) and bound.by == "pytest" and not self._typed:
+            return "its test is a pytest node, which only --aprt-contracts on the command line runs"
+        return bound
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
