@@ -74,6 +74,8 @@ OPTIONS = (
            help="Let contracts run the shell lines that they hold"),
     Option(name="shell-timeout", kind="value", metavar="SECONDS",
            help="Limit for each shell line; default 60"),
+    Option(name="ledger", kind="value", metavar="FILE",
+           help="File to which the outcome of every falsifier is appended"),
     Option(name="dump", kind="value", metavar="DIR",
            help="Write all stages of both sides as APRT tensors: DIR/model and DIR/oracle"),
     Option(name="report", kind="value", metavar="DIR",

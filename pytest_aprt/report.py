@@ -21,6 +21,7 @@ from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.compare import Metrics, Slice
+    from pytest_aprt.contracts.evaluate import ContractJson
     from pytest_aprt.measure import Measurement, PointErrors, Prompt
     from pytest_aprt.rungs import Row
     from pytest_aprt.rungs.config import FactRow
@@ -280,9 +281,10 @@ class _Whole(TypedDict):
 
 
 class Report(_Whole, total=False):
-    """A whole run, and where a baseline was given, what changed since."""
+    """A whole run; what changed since a baseline, and contracts, where there are any."""
 
     baseline: BaselineJson
+    contracts: list[ContractJson]
 
 
 def build(

@@ -28,6 +28,7 @@ from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.captures import Captures
+    from pytest_aprt.contracts.evaluate import ContractJson
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import Report
 
@@ -213,6 +214,19 @@ class Workbench:
                 "aprt_oracle among its arguments or fixtures; request.getfixturevalue is too late"
             )
         return report.read(path)
+
+    @property
+    def finished(self) -> Report | None:
+        """The report if the models were run, else None."""
+        return self.__dict__.get("report")
+
+    def keep_contracts(self, rows: list[ContractJson]) -> None:
+        """Add the outcomes of contracts to the report, and write it again where it is kept."""
+        self.report["contracts"] = rows
+        if self._settings is not None and self._settings.report is not None:
+            from pytest_aprt.render import files
+
+            files.write(self.report, self._settings.report)
 
     def captures(self, side: str) -> Captures:
         """Return the captured stages of ``model`` or ``oracle``.

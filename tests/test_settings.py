@@ -70,7 +70,7 @@ def test_flag_and_key_are_twins():
         "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
         "--aprt-strict", "--aprt-contracts", "--aprt-run-shell", "--aprt-shell-timeout",
-        "--aprt-dump", "--aprt-report", "--aprt-baseline",
+        "--aprt-ledger", "--aprt-dump", "--aprt-report", "--aprt-baseline",
     ]  # fmt: skip
     for option in OPTIONS:
         assert option.key == option.flag.removeprefix("--").replace("-", "_")
@@ -296,7 +296,7 @@ def test_every_option_is_read(gguf):
         return {"aprt_model": gguf, "aprt_oracle": "org/oracle"}.get(key)
 
     read_settings(get, command="pytest")
-    of_contracts = {"aprt_contracts", "aprt_run_shell", "aprt_shell_timeout"}
+    of_contracts = {"aprt_contracts", "aprt_run_shell", "aprt_shell_timeout", "aprt_ledger"}
     assert set(asked) == {option.key for option in OPTIONS} - of_contracts
 
 

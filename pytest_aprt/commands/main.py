@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from pytest_aprt.commands import diff, report, trace, validate
+from pytest_aprt.commands import diff, ledger, report, trace, validate
 from pytest_aprt.errors import AprtError
 
 OK, MISSED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -33,6 +33,8 @@ COMMANDS = (
             report.add_arguments, report.run),
     Command("validate", "check contracts against the rules of their schema",
             validate.add_arguments, validate.run),
+    Command("ledger", "show what the runs in a ledger support of the claims of contracts",
+            ledger.add_arguments, ledger.run),
 )  # fmt: skip
 """Every subcommand. A module imports numpy and torch when it runs, not before."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tempfile
+import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +20,12 @@ from pytest_aprt.contracts.bindings import ShellSettings, bind
 from pytest_aprt.contracts.contract import Contract, Falsifier, contracts_in, load
 from pytest_aprt.contracts.evaluate import ContractJson, Evaluated
 from pytest_aprt.contracts.items import EVALUATED, ContractFile
-from pytest_aprt.contracts.subject import Bench, Bound, Opened
-from pytest_aprt.errors import ContractError, SettingsError
+from pytest_aprt.contracts.subject import OUTCOMES, Bench, Bound, Opened
+from pytest_aprt.errors import AprtError, ContractError, SettingsError
 from pytest_aprt.sources._files import one_line
 
 if TYPE_CHECKING:
+    from pytest_aprt.ledger.summary import Summary
     from pytest_aprt.workbench import Workbench
 
 NAME = "aprt_contracts"
@@ -78,6 +82,9 @@ class ContractPlugin:
         self.shell = ShellSettings(bool(option(config, "aprt_run_shell")), _timeout(config, option))
         self._bench: Bench | None = None
         self.outcomes: dict[str, Evaluated] = {}
+        self.ledger = _ledger(config, option)
+        self.summary: Summary | None = None
+        self._late_error: str | None = None
         self.contracts: dict[Path, Contract] = {}
         named = bool(option(config, "aprt_contracts"))
         self._typed = bool(config.getoption("aprt_contracts"))
@@ -183,8 +190,46 @@ class ContractPlugin:
         if found is not None:
             self.outcomes[report.nodeid] = Evaluated(**found)
 
-    def rows(self) -> list[ContractJson]:
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Keep the outcomes: in the ledger, and in the report; on the controller."""
+        if hasattr(self.config, "workerinput") or not self.outcomes:
+            return
+        try:
+            self._keep()
+        except AprtError as error:
+            self._late_error = str(error)
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _keep(self) -> None:
+        from pytest_aprt.ledger.record import append, read, records_of
+        from pytest_aprt.ledger.summary import claim_hash, summarise
+
+        by_name = {found.contract: found.contract for found in self.outcomes.values()}
+        contracts = {name: self.contracts[(self.config.rootpath / name).resolve()]
+                     for name in by_name}  # fmt: skip
+        claims = {
+            (name, falsifier.id): claim_hash(falsifier)
+            for name, contract in contracts.items()
+            for falsifier in contract.falsifiers
+        }
+        workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
+        report = None if workbench is None else workbench.finished
+        run = uuid.uuid4().hex if report is None else report["run"]["id"]
+        found = list(self.outcomes.values())
+        records = records_of(found, claims, report, run, self.config.rootpath)
+        earlier = []
+        if self.ledger is not None:
+            append(self.ledger, records)
+            earlier = read(self.ledger)[0]
+        self.summary = summarise(contracts, earlier or records)
+        if workbench is not None and report is not None:
+            workbench.keep_contracts(self._rows())
+
+    def _rows(self) -> list[ContractJson]:
         """Return the outcomes as report.json holds them, in the order in which they came."""
+        assert self.summary is not None
+        status = {(r.contract, r.id): r.supported.status for r in self.summary.rows}
         return [
             {
                 "contract": found.contract,
@@ -192,15 +237,44 @@ class ContractPlugin:
                 "rule": found.rule,
                 "declared": found.declared,
                 "outcome": found.outcome,
-                "supported": "",
+                "supported": status[found.contract, found.id],
                 "detail": found.detail,
             }
             for found in self.outcomes.values()
         ]
 
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say how many claims held, and what that supports."""
+        if self._late_error is not None:
+            terminalreporter.write_line(f"ERROR: {self._late_error}", red=True)
+        if self.summary is None or self.config.getoption("verbose") < 0:
+            return
+        from pytest_aprt.ledger.render import headline
+
+        counts = Counter(found.outcome for found in self.outcomes.values())
+        terminalreporter.section("contracts")
+        said = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+        terminalreporter.write_line(said)
+        for line in headline(self.summary):
+            terminalreporter.write_line(line)
+        if self.ledger is not None:
+            terminalreporter.write_line(f"ledger: {self.ledger}")
+
     def pytest_unconfigure(self) -> None:
         """Forget the bindings of this session."""
         bindings.forget()
+
+
+def _ledger(config: pytest.Config, option: Option) -> Path | None:
+    typed = config.getoption("aprt_ledger")
+    name = typed or option(config, "aprt_ledger")
+    if not name:
+        return None
+    base = config.invocation_params.dir if typed else config.rootpath
+    path: Path = base / name
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise SettingsError(f"--aprt-ledger={one_line(path)}: expected a file that can be written")
+    return path
 
 
 def _timeout(config: pytest.Config, option: Option) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
     from pytest_aprt.report import Report
 
-OUTCOMES = ("passed", "failed", "blocked", "unbound")
+OUTCOMES = ("passed", "failed", "error", "blocked", "unbound")
 """Of a falsifier in one run; only ``passed`` counts as evaluated and held."""
 
 

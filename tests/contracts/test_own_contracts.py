@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from contract_bench import CONTRACTS, IDS, bench_of, healthy, judge, numpy_engine
@@ -15,10 +13,8 @@ from pytest_aprt.contracts.subject import Bench
 from pytest_aprt.sources import aprt
 from pytest_aprt.sources.aprt_writer import DumpWriter
 
-IN_PROCESS = [i for i in IDS if i not in ("FALSIFY-APRT-PROMISE-001", "FALSIFY-APRT-PROMISE-003")]
 
-
-@pytest.mark.parametrize("falsifier_id", IN_PROCESS)
+@pytest.mark.parametrize("falsifier_id", IDS)
 def test_it_holds_on_a_healthy_engine(falsifier_id, tmp_path):
     found = judge(falsifier_id, tmp_path, healthy())
     assert (found.outcome, found.by) == ("passed", "check"), found.detail
@@ -214,7 +210,7 @@ def harmless_fault(monkeypatch):
 def fault_elsewhere(monkeypatch):
     planted = transitions._planted
     monkeypatch.setattr(
-        transitions, "_planted", lambda s, layer, stage, c: planted(s, layer, "qkv_bias", c)
+        transitions, "_planted", lambda s, layer, stage, c: planted(s, layer, "qkv_bias", "roll")
     )
 
 
@@ -234,6 +230,9 @@ FAULTS = [
     ("FALSIFY-ATTN-SUB-003", blind_to_values),
     ("FALSIFY-ATTN-SUB-004", harmless_fault),
     ("FALSIFY-ATTN-SUB-004", fault_elsewhere),
+    ("FALSIFY-APRT-PROMISE-001", harmless_fault),
+    ("FALSIFY-APRT-PROMISE-001", fault_elsewhere),
+    ("FALSIFY-APRT-PROMISE-003", fault_elsewhere),
     ("FALSIFY-APRT-PROMISE-002", harmless_fault),
     ("FALSIFY-APRT-PROMISE-002", fault_elsewhere),
 ]
@@ -272,37 +271,44 @@ def test_memory_beyond_the_bound_is_told(tmp_path):
     assert found.outcome == "failed" and "2.1e+09, expected at most 2e+09" in found.detail
 
 
-@pytest.mark.parametrize("falsifier_id", ["FALSIFY-APRT-PROMISE-001", "FALSIFY-APRT-PROMISE-003"])
-@pytest.mark.parametrize(("body", "outcome"), [
-    ("assert 1 == 1", "passed"), ("assert 1 == 2", "failed"),
-    ("import pytest; pytest.skip('not here')", "blocked"),
-])  # fmt: skip
-def test_a_promise_bound_to_a_test_is_what_the_test_says(falsifier_id, body, outcome, tmp_path):
-    contract = CONTRACTS["promises-v1.yaml"]
-    node = contract.named(falsifier_id).test
-    name = node.rpartition("::")[2].partition("[")[0]
+BOUND_TO_A_TEST = """
+metadata: {version: 1.0.0, kind: pattern, references: [a]}
+falsification_tests:
+  - {id: FALSIFY-N-001, rule: r, prediction: p, if_fails: f, test: "tests/test_n.py::test_n[64]"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("assert 1 == 1", "passed"),
+        ("assert 1 == 2", "failed"),
+        ("pytest.skip('not here')", "blocked"),
+    ],
+)
+def test_a_claim_bound_to_a_test_is_what_the_test_says(body, outcome, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    parametrized = "import pytest\n@pytest.mark.parametrize('n', [64])\n" if "[" in node else ""
-    argument = "n" if parametrized else ""
-    (tmp_path / "tests" / "test_faults.py").write_text(
-        f"{parametrized}def {name}({argument}):\n    {body}\n"
+    (tmp_path / "tests" / "test_n.py").write_text(
+        f"import pytest\n@pytest.mark.parametrize('n', [64])\ndef test_n(n):\n    {body}\n"
     )
-    moved = dataclasses.replace(contract, path=tmp_path / "contracts" / "promises-v1.yaml")
-    found = judge(falsifier_id, tmp_path, None, moved)
+    contract = parse(BOUND_TO_A_TEST, tmp_path / "contracts" / "n-v1.yaml")
+    found = judge("FALSIFY-N-001", tmp_path, None, contract)
     assert (found.outcome, found.by) == (outcome, "pytest"), found.detail
 
 
 def test_every_falsifier_has_a_planted_fault_here():
     covered = {*ENGINES, *(falsifier_id for falsifier_id, _ in FAULTS)}
-    covered |= {"FALSIFY-APR-TRACE-SAVE-008", "FALSIFY-APRT-PROMISE-005",
-                "FALSIFY-APRT-PROMISE-006", "FALSIFY-APRT-PROMISE-001",
-                "FALSIFY-APRT-PROMISE-003"}  # fmt: skip
+    covered |= {
+        "FALSIFY-APR-TRACE-SAVE-008",
+        "FALSIFY-APRT-PROMISE-005",
+        "FALSIFY-APRT-PROMISE-006",
+    }
     assert covered == set(IDS)
 
 
 def test_without_a_model_they_are_blocked_or_hold(tmp_path):
-    outcomes = {i: judge(i, tmp_path / i, None) for i in IN_PROCESS}
+    outcomes = {i: judge(i, tmp_path / i, None) for i in IDS}
     for falsifier_id, found in outcomes.items():
         assert found.outcome == ("passed" if found.needs == "nothing" else "blocked"), falsifier_id
         if found.outcome == "blocked":

@@ -74,6 +74,8 @@ CHECKS = {
        "engine with a fault in that stage, and there"),
     "fault_found": Check("transitions", "model", _PLANT,
         "a fault planted in a stage is the first divergence, and there is no other origin"),
+    "no_false_alarm": Check("transitions", "model", {},
+        "a second engine without a fault, on the model's weights, has no origin"),
     "argmax_parity": Check("logits", "captures", {
         "near_tie": Setting(s.number, 0.0),
     }, "model and oracle predict the same token on every prompt, near ties aside"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from pytest_aprt.contracts.subject import BlockedError, Finding, Subject
 from pytest_aprt.errors import AprtError
 from pytest_aprt.measure import Measurement
 from pytest_aprt.stages import Point, point_id, stage_named
+
+if TYPE_CHECKING:
+    from pytest_aprt.verdict import Verdict
 
 CHANGES: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "roll": lambda x: np.roll(x, 1, axis=-1),
@@ -54,21 +57,45 @@ def single_transition(
 
 def fault_found(subject: Subject, *, plant: str, layer: int, change: str) -> Finding:
     """Plant a fault: the verdict must name it, and nothing else."""
+    where = _point(layer, _name(plant))
+    found = _verdict(subject, layer, _name(plant), change)
+    origins = [str(judged.point) for judged in found.origins]
+    return Finding(
+        held=origins == [str(where)],
+        detail=f"planted {change} in {where}; found {found.summary}",
+        values={"origins": origins, "verdict": found.status},
+    )
+
+
+def no_false_alarm(subject: Subject) -> Finding:
+    """Run the second engine as it is: nothing may be found."""
+    found = _verdict(subject, 0, None, None)
+    origins = [str(judged.point) for judged in found.origins]
+    excess = [j.errors.worst.excess for j in found.points if j.errors and j.errors.worst]
+    return Finding(
+        held=not origins and bool(excess),
+        detail=f"{found.summary}; largest local error {max(excess, default=0):.2g} of tolerance",
+        values={"origins": origins, "verdict": found.status, "excess": max(excess, default=0.0)},
+    )
+
+
+def _verdict(subject: Subject, layer: int, stage: str | None, change: str | None) -> Verdict:
     from pytest_aprt.options import DEFAULT_COSINE
     from pytest_aprt.rungs.config import fact_rows
     from pytest_aprt.stages import STAGES
     from pytest_aprt.verdict import Threshold, conclude
 
-    measured, pair = _planted(subject, layer, _name(plant), change)
+    measured, pair = _planted(subject, layer, stage, change)
     thresholds = dict.fromkeys(STAGES, Threshold(cosine=DEFAULT_COSINE, source="default"))
     longest = max(len(prompt.tokens) for prompt in subject.model.opened.prompts)
-    found = conclude(pair.graph, pair.graph.points, measured, fact_rows(pair, longest), thresholds)
-    origins = [str(judged.point) for judged in found.origins]
-    return Finding(
-        held=origins == [point_id(layer if STAGES[_name(plant)].per_layer else None, _name(plant))],
-        detail=f"planted {change} in {point_id(layer, _name(plant))}; found {found.summary}",
-        values={"origins": origins, "verdict": found.status},
-    )
+    facts = fact_rows(pair, longest)
+    return conclude(pair.graph, pair.graph.points, measured, facts, thresholds)
+
+
+def _point(layer: int, stage: str) -> Point:
+    from pytest_aprt.stages import STAGES
+
+    return Point(layer if STAGES[stage].per_layer else None, stage)
 
 
 def _name(stage: str) -> str:
@@ -101,27 +128,25 @@ def _of_planted(
         raise BlockedError(f"this architecture has no {missing.args[0]}") from None
 
 
-def _planted(subject: Subject, layer: int, stage: str, change: str) -> tuple[Measurement, Any]:
-    """Run a second engine on the model's weights, the fault in place, on the run's prompts."""
+def _planted(
+    subject: Subject, layer: int, stage: str | None, change: str | None
+) -> tuple[Measurement, Any]:
+    """Run a second engine on the model's weights and the run's prompts, a fault in place if any."""
     from pytest_aprt.arithmetic import PROFILES
     from pytest_aprt.capture import CheckedEngine
     from pytest_aprt.measure import measure_pair
-    from pytest_aprt.stages import STAGES
-    from pytest_aprt.testing import NumpyEngine
+    from pytest_aprt.testing import Change, NumpyEngine
 
     opened = subject.model.opened
     pair = opened.pair
-    where = layer if STAGES[stage].per_layer else None
-    if Point(where, stage) not in pair.graph.points:
-        raise BlockedError(f"this architecture has no {point_id(where, stage)}")
-
-    def changed(value: NDArray[np.float32], workings: Any) -> NDArray[np.float32]:
-        return CHANGES[change](value)
-
+    faults: dict[tuple[int | None, str], Change] = {}
+    if stage is not None and change is not None:
+        where = _point(layer, stage)
+        if where not in pair.graph.points:
+            raise BlockedError(f"this architecture has no {where}")
+        faults[where.layer, stage] = lambda value, workings: CHANGES[change](value)
     engine = CheckedEngine(
-        NumpyEngine(
-            pair.model_weights, pair.oracle_facts, pair.architecture, {(where, stage): changed}
-        ),
+        NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, faults),
         pair.graph,
         pair.oracle_facts,
         "planted",
