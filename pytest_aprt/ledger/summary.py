@@ -33,7 +33,7 @@ class Row:
     @property
     def overstated(self) -> bool:
         """Whether the contract declares more than the evidence supports."""
-        return height(rung_of(self.declared)) > height(self.supported.status)
+        return height(rung_of(self.declared)) > max(0, height(self.supported.status))
 
     @property
     def stale(self) -> bool:

@@ -214,7 +214,7 @@ def project(tmp_path, monkeypatch):
         bound = bind(falsifier, NO_SHELL)
         hashes = {"claim": claim_hash(falsifier), "check": text_hash(bound.by, bound.source)}
         (tmp_path / "l.jsonl").unlink(missing_ok=True)
-        append(Path("l.jsonl"), [record(**hashes, **o) for o in outcomes])
+        append(Path("l.jsonl"), [record(**{**hashes, **o}) for o in outcomes])
 
     return write
 
@@ -266,9 +266,9 @@ def test_stale_and_blocked_are_told(project, capsys):
 
 def test_changes_are_sets_of_ids(project, capsys):
     old, new = "2026-11-01T00:00:00+00:00", "2026-11-20T00:00:00+00:00"
-    project(None, {"time_utc": old}, {"time_utc": new, "outcome": "failed"},
-            {"time_utc": new, "id": "FALSIFY-A-002", "check": "",
-             "claim": claim_hash(parse(CONTRACT.replace("STATUS", ""), Path("a")).falsifiers[1])})  # fmt: skip
+    unbound = parse(CONTRACT.replace("STATUS", ""), Path("a.yaml")).falsifiers[1]
+    other = {"id": "FALSIFY-A-002", "check": "", "claim": claim_hash(unbound), "time_utc": new}
+    project(None, {"time_utc": old}, {"time_utc": new, "outcome": "failed"}, other)
     _, text = shown(capsys, "--since", "2026-11-10", "--json")
     assert json.loads(text)["changes"] == {
         "raised": [f"contracts/a.yaml::FALSIFY-A-002: PROPOSED -> {PARTIAL}"],
