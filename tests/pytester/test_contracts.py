@@ -178,11 +178,60 @@ def test_with_a_model_and_no_paths_the_run_is_the_suite_and_the_contracts(health
     (healthy.path / "contracts").mkdir()
     (healthy.path / "contracts" / "b-v1.yaml").write_text(CONTRACT)
     healthy.pytester.makepyfile(test_own="def test_own(): pass")
-    alone = healthy("--aprt-contracts=contracts", "-k", "FALSIFY", "-q", "--collect-only")
-    assert len(ids(alone)) == 5
+    listed = ids(healthy("--collect-only", "-q"))
+    assert sum(i.startswith("contracts/b-v1.yaml::") for i in listed) == 5
+    assert "aprt::gate" in listed and "test_own.py::test_own" not in listed
     outcomes = healthy(*workers).parseoutcomes()
-    assert outcomes["passed"] > 50 and outcomes["skipped"] == 3
-    assert len(ids(healthy("--collect-only", "-q"))) == outcomes["passed"] + 3
+    assert sum(outcomes.values()) == len(listed)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n2",)])
+def test_outcomes_are_kept_in_ledger_and_report(faulty, workers):
+    (faulty.path / "contracts").mkdir()
+    (faulty.path / "contracts" / "b-v1.yaml").write_text(CONTRACT)
+    for _ in range(2):
+        faulty("-k", "FALSIFY", "--aprt-ledger=kept/l.jsonl", "--aprt-report=r", *workers)
+    records = [json.loads(line) for line in (faulty.path / "kept" / "l.jsonl").read_text().splitlines()]
+    assert len(records) == 10 and len({r["run"] for r in records}) == 2
+    by_id = {r["id"]: r for r in records}
+    assert {i: r["outcome"] for i, r in by_id.items()} == {
+        "FALSIFY-B-002": "passed", "FALSIFY-B-001": "failed", "FALSIFY-B-003": "unbound",
+        "FALSIFY-B-004": "unbound", "FALSIFY-B-005": "unbound",
+    }  # fmt: skip
+    failed = by_id["FALSIFY-B-001"]
+    assert failed["contract"] == "contracts/b-v1.yaml" and failed["version"] == "1.0.0"
+    assert failed["verdict"] == "DIVERGED" and failed["model"]["parameters"] > 10_000
+    assert failed["values"]["point"] == "L02-attn_scores" and failed["values"]["broken"] == 20
+    assert by_id["FALSIFY-B-002"]["model"] is None
+    report = json.loads((faulty.path / "r" / "report.json").read_text())
+    rows = {row["id"]: row for row in report["contracts"]}
+    assert rows["FALSIFY-B-001"]["supported"] == "FALSIFIED"
+    assert rows["FALSIFY-B-002"]["supported"] == "PARTIAL_ALGORITHM_LEVEL"
+    assert rows["FALSIFY-B-003"] == {
+        "contract": "contracts/b-v1.yaml", "id": "FALSIFY-B-003", "rule": "the shell says so",
+        "declared": None, "outcome": "unbound", "supported": "PROPOSED",
+        "detail": "its test is a shell line or prose, which only --aprt-run-shell runs",
+    }  # fmt: skip
+    for page in ("report.md", "report.html"):
+        assert "FALSIFY-B-001" in (faulty.path / "r" / page).read_text()
+
+
+def test_a_ledger_without_a_model(project):
+    result = run(project, "--aprt-ledger=l.jsonl")
+    result.stdout.fnmatch_lines([
+        "*= contracts =*", "1 passed, 1 blocked, 3 unbound",
+        "tally 0+1 of 5 falsifiers: 0 discharged, 1 partial (0 of them functional); 1 blocked, *",
+    ])  # fmt: skip
+    records = [json.loads(line) for line in (project.path / "l.jsonl").read_text().splitlines()]
+    assert [r["outcome"] for r in records] == ["passed", "blocked", *["unbound"] * 3]
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_run_with_4(project):
+    assert run(project, "--aprt-ledger=claims").ret == 4
+    (project.path / "file").write_text("")
+    result = run(project, "--aprt-ledger=file/l.jsonl")
+    assert result.ret == 4
+    result.stdout.fnmatch_lines(["ERROR: *file/l.jsonl: cannot be written: Not a directory"])
 
 
 def test_ids_of_the_suite_and_of_contracts_stand_side_by_side(healthy):
