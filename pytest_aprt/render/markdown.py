@@ -50,6 +50,7 @@ def render(report: Report) -> str:
         _origins(report),
         _self_tests(report),
         _broken(report),
+        _contracts(report),
         _layers(report),
         _points(report),
         _run(report),
@@ -137,6 +138,20 @@ def _broken(report: Report) -> str:
             f"## {rung.title}\n\n" + _first(rows, rung.columns, f"rows of {rung.title.lower()}")
         )
     return "\n\n".join(sections)
+
+
+def _contracts(report: Report) -> str:
+    found = report.get("contracts") or []
+    if not found:
+        return ""
+    rows = [
+        [_plain(row["id"]), row["outcome"], _plain(row["declared"] or ""), row["supported"],
+         _plain(row["detail"])]
+        for row in sorted(found, key=lambda row: row["outcome"] == "passed")
+    ]  # fmt: skip
+    held = sum(row["outcome"] == "passed" for row in found)
+    head = ["falsifier", "outcome", "declared", "supported", "measured"]
+    return f"## Contracts: {held} of {len(found)} held\n\n" + _first(rows, head, "falsifiers")
 
 
 def _self_tests(report: Report) -> str:

@@ -191,7 +191,9 @@ def test_outcomes_are_kept_in_ledger_and_report(faulty, workers):
     (faulty.path / "contracts" / "b-v1.yaml").write_text(CONTRACT)
     for _ in range(2):
         faulty("-k", "FALSIFY", "--aprt-ledger=kept/l.jsonl", "--aprt-report=r", *workers)
-    records = [json.loads(line) for line in (faulty.path / "kept" / "l.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (faulty.path / "kept" / "l.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 10 and len({r["run"] for r in records}) == 2
     by_id = {r["id"]: r for r in records}
     assert {i: r["outcome"] for i, r in by_id.items()} == {
