@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from contract_bench import CONTRACTS, IDS, bench_of, healthy, judge, numpy_engine
+from faults.decoding import CACHE_FAULTS, Decoder
+from harness import fixture_pair
 
 from pytest_aprt.commands import trace
 from pytest_aprt.contracts.checks import diffs, dumps, own, transitions
@@ -74,6 +76,7 @@ ENGINES = {
     "FALSIFY-DECODE-PARITY-003": lambda: numpy_engine(
         {(1, "q_post_rope"): wrong_beyond_the_prompt}
     ),
+    "FALSIFY-DECODE-PARITY-005": lambda: Decoder(fixture_pair(), CACHE_FAULTS[0]),
     "FALSIFY-DECODE-PARITY-004": lambda: numpy_engine(
         {(None, "final_norm"): wrong_beyond_the_prompt}
     ),

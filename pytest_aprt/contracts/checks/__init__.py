@@ -61,6 +61,10 @@ CHECKS = {
         "is": Setting(s.some_of("PARITY", "QUANTISATION_NOISE", "DIVERGED", "INCONCLUSIVE"),
                       REQUIRED),
     }, "the run's verdict is one of these"),
+    "rung": Check("points", "report", {
+        "name": Setting(s.one_of("tokens", "config", "weights", "logits", "decode", "path"),
+                        REQUIRED),
+    }, "no row of a rung of the ladder is broken, or follows from what is broken"),
     "report_bound": Check("points", "report", {
         **_BOUNDS, "path": Setting(s.text, REQUIRED),
     }, "a number of report.json is within bounds, such as run.peak_rss_bytes"),

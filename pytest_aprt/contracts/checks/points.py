@@ -113,6 +113,24 @@ def verdict(subject: Subject, *, among: list[str]) -> Finding:
     )
 
 
+def rung(subject: Subject, *, name: str) -> Finding:
+    """Require that a rung of the ladder stands; rows that could not be judged are told."""
+    ladder: Any = subject.report["ladder"]
+    rows = ladder.get(name) or []
+    judged = [row for row in rows if row["status"] != "unavailable"]
+    if not judged:
+        reason = rows[0].get("reason", "") if rows else "this run has no such rung"
+        raise BlockedError(f"nothing of the rung {name} was judged: {reason}")
+    bad = [row for row in judged if row["status"] in ("broken", "inherited")]
+    detail = f"{len(bad)} of {len(judged)} rows of the rung {name} are broken"
+    if len(judged) < len(rows):
+        detail += f", {len(rows) - len(judged)} could not be judged"
+    for row in bad[:2]:
+        detail += f"; {row['name']}: {row.get('reason', '')}"
+    values = {"rows": len(judged), "broken": len(bad), "unjudged": len(rows) - len(judged)}
+    return Finding(held=not bad, detail=detail, values=values)
+
+
 def report_bound(
     subject: Subject, *, path: str, at_least: float | None, at_most: float | None
 ) -> Finding:
