@@ -117,7 +117,7 @@ def test_two_tensors_swapped(run, files, tmp_path):
     result = run("--aprt-report=out", model=broken)
     assert result.ret == 1
     result.stdout.fnmatch_lines(
-        ["DIVERGED: weights blk.0.attn_q.weight 1.* from the oracle's tensor*",
+        ["DIVERGED: weights blk.0.attn_q.weight is swapped with blk.1.attn_q.weight (1.4*",
          "FAILED aprt::weights-blk.0.attn_q.weight*", "FAILED aprt::weights-blk.1.attn_q.weight*",
          "FAILED aprt::gate*"]
     )  # fmt: skip
