@@ -21,7 +21,6 @@ from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.compare import Metrics, Slice
-    from pytest_aprt.contracts.evaluate import ContractJson
     from pytest_aprt.measure import Measurement, PointErrors, Prompt
     from pytest_aprt.rungs import Row
     from pytest_aprt.rungs.config import FactRow
@@ -256,6 +255,18 @@ class LadderJson(TypedDict):
     logits: list[dict[str, Any]]
     decode: list[dict[str, Any]]
     path: list[dict[str, Any]]
+
+
+class ContractJson(TypedDict):
+    """One falsifier of a contract."""
+
+    contract: str
+    id: str
+    rule: str
+    declared: str | None
+    outcome: str
+    supported: str
+    detail: str
 
 
 class BaselineJson(TypedDict):

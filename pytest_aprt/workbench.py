@@ -28,9 +28,8 @@ from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.captures import Captures
-    from pytest_aprt.contracts.evaluate import ContractJson
     from pytest_aprt.pair import Headers
-    from pytest_aprt.report import Report
+    from pytest_aprt.report import ContractJson, Report
 
 NAME = "aprt_workbench"
 """The workbench's name in the plugin manager."""

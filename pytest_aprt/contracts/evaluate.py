@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 from pytest_aprt.contracts.contract import Contract, Falsifier, text_hash
 from pytest_aprt.contracts.subject import BlockedError, Bound, Subject
@@ -13,18 +13,6 @@ from pytest_aprt.errors import AprtError, blame
 
 BLOCKED = "BLOCKER_FIXTURE_ABSENT"
 UNBOUND = "UNBOUND"
-
-
-class ContractJson(TypedDict):
-    """One falsifier in report.json."""
-
-    contract: str
-    id: str
-    rule: str
-    declared: str | None
-    outcome: str
-    supported: str
-    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)

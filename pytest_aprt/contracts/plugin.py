@@ -18,7 +18,7 @@ import pytest
 from pytest_aprt.contracts import bindings
 from pytest_aprt.contracts.bindings import ShellSettings, bind
 from pytest_aprt.contracts.contract import Contract, Falsifier, contracts_in, load
-from pytest_aprt.contracts.evaluate import ContractJson, Evaluated
+from pytest_aprt.contracts.evaluate import Evaluated
 from pytest_aprt.contracts.items import EVALUATED, ContractFile
 from pytest_aprt.contracts.subject import OUTCOMES, Bench, Bound, Opened
 from pytest_aprt.errors import AprtError, ContractError, SettingsError
@@ -26,6 +26,7 @@ from pytest_aprt.sources._files import one_line
 
 if TYPE_CHECKING:
     from pytest_aprt.ledger.summary import Summary
+    from pytest_aprt.report import ContractJson
     from pytest_aprt.workbench import Workbench
 
 NAME = "aprt_contracts"
