@@ -25,6 +25,7 @@ from pytest_aprt.errors import AprtError, ContractError, SettingsError
 from pytest_aprt.sources._files import one_line
 
 if TYPE_CHECKING:
+    from pytest_aprt.ledger.record import Problem
     from pytest_aprt.ledger.summary import Summary
     from pytest_aprt.report import ContractJson
     from pytest_aprt.workbench import Workbench
@@ -219,11 +220,11 @@ class ContractPlugin:
         run = uuid.uuid4().hex if report is None else report["run"]["id"]
         found = list(self.outcomes.values())
         records = records_of(found, claims, report, run, self.config.rootpath)
-        earlier = []
+        problems: list[Problem] = []
         if self.ledger is not None:
             append(self.ledger, records)
-            earlier = read(self.ledger)[0]
-        self.summary = summarise(contracts, earlier or records)
+            records, problems = read(self.ledger)
+        self.summary = summarise(contracts, records, problems)
         if workbench is not None and report is not None:
             workbench.keep_contracts(self._rows())
 

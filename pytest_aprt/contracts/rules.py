@@ -16,6 +16,7 @@ from pytest_aprt.contracts.contract import Contract, Falsifier
 from pytest_aprt.contracts.ladder import height, rung_of
 from pytest_aprt.contracts.lines import Map, Seq
 from pytest_aprt.contracts.references import missing_references
+from pytest_aprt.sources._files import one_line
 
 Severity = Literal["error", "warning"]
 Found = Iterator[tuple[int, str]]
@@ -56,6 +57,21 @@ _TOP_LEVEL = (
     "enforcement", "falsification_tests", "kani_harnesses", "qa_gate", "verification_summary",
     "type_invariants", "coq_spec", "beat", "stories",
 )  # fmt: skip
+_SHAPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "equations": ((Map, Seq), "a mapping of names to equations"),
+    "proof_obligations": ((Seq,), "a list of obligations"),
+    "kani_harnesses": ((Seq,), "a list of harnesses"),
+    "qa_gate": ((Map,), "a mapping"),
+    "verification_summary": ((Map,), "a mapping"),
+}
+_METADATA_SHAPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "version": ((str, int, float), "text"),
+    "description": ((str,), "text"),
+    "kind": ((str,), "text"),
+    "references": ((Seq,), "a list"),
+    "depends_on": ((Seq,), "a list"),
+    "registry": ((bool,), "true or false"),
+}
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)([-+][0-9A-Za-z.+-]+)?")
 _CONTRACT_STATUSES = frozenset({"ACTIVE", "ENFORCED"})  # of whole contracts: they claim no rung
 
@@ -79,7 +95,7 @@ def rows(contract: Contract, key: str) -> Iterator[tuple[Map, int]]:
                 yield item, line
 
 
-def equations(contract: Contract) -> Mapping[str, Any]:
+def equations(contract: Contract) -> Map:
     """Return the equations by name; a list is promoted to a mapping, as upstream does."""
     value = contract.data.get("equations")
     if isinstance(value, Map):
@@ -208,15 +224,17 @@ def _top_level_kind(c: Contract) -> Found:
 
 
 def _near_misses(c: Contract) -> Found:
-    known = {_bare(name): name for name in _TOP_LEVEL}
+    known = {form: name for name in _TOP_LEVEL for form in _forms(name)}
     for key in c.data:
-        meant = known.get(_bare(key))
-        if meant and key != meant:
+        meant = next((known[form] for form in sorted(_forms(key)) if form in known), None)
+        if meant and key not in _TOP_LEVEL:
             yield c.data.line_of(key), f"key {key!r} is read by nobody: {meant!r} is meant"
 
 
-def _bare(key: str) -> str:
-    return re.sub(r"(e?s)+$", "", re.sub(r"[^a-z]", "", key.lower()))
+def _forms(key: str) -> set[str]:
+    """Return the key without case and separators, and what it is the plural of."""
+    bare = "".join(character for character in key.lower() if character.isalnum())
+    return {bare, bare.removesuffix("s"), bare.removesuffix("es")} - {""}
 
 
 def _not_applicable(key: str) -> Callable[[Contract], Found]:
@@ -262,6 +280,22 @@ def _demand(c: Contract) -> Found:
 
 def _shape(c: Contract) -> Found:
     yield from c.problems
+    for holder, prefix, shapes in (
+        (c.data, "", _SHAPES), (c.metadata, "metadata.", _METADATA_SHAPES),
+    ):  # fmt: skip
+        for key, (kinds, expected) in shapes.items():
+            if not isinstance(holder.get(key), (*kinds, type(None))):
+                yield holder.line_of(key), f"{prefix}{key}: expected {expected}"
+    for key in ("proof_obligations", "kani_harnesses"):
+        value = c.data.get(key)
+        if isinstance(value, Seq):
+            for item, line in zip(value, value.lines, strict=True):
+                if not isinstance(item, Map):
+                    yield line, f"{key}: expected a mapping, found {one_line(item)!r:.60}"
+    found = equations(c)
+    for name, equation in found.items():
+        if not isinstance(equation, Map):
+            yield found.line_of(name), f"equation {one_line(name)}: expected a mapping with a formula"
 
 
 def _semver(c: Contract) -> Found:
@@ -315,7 +349,10 @@ def _gone(c: Contract) -> Found:
             yield f.data.line_of(key), f"{f.id}: {key} names {path}, which is not there"
 
 
-def _unchecked_kind(c: Contract) -> Found:
+def _unchecked(c: Contract) -> Found:
+    if "competitor" in c.metadata:
+        # a list of one project's own, which grows with it
+        yield _in_metadata(c, "competitor"), "competitor: its rule CRUX-002 is not checked here"
     if c.kind not in KINDS:
         yield _in_metadata(c, "kind"), f"kind {c.kind!r} is no known one"
     elif KINDS[c.kind]:
@@ -363,6 +400,6 @@ RULES = (
     Rule("APRT-005", "warning", "a status that claims has evidence", _no_evidence),
     Rule("APRT-008", "error", "a check is of a known kind, with its settings", _check),
     Rule("APRT-009", "warning", "tests and evidence that are named exist", _gone),
-    Rule("APRT-010", "warning", "a kind is known", _unchecked_kind),
+    Rule("APRT-010", "warning", "a kind is known, and what is not checked is told", _unchecked),
 )  # fmt: skip
 """Every rule about one file; 020 (YAML) is the loader's, APRT-006 and -007 ``validate``'s."""

@@ -228,6 +228,17 @@ def test_a_ledger_without_a_model(project):
     assert [r["outcome"] for r in records] == ["passed", "blocked", *["unbound"] * 3]
 
 
+def test_a_run_tells_which_lines_of_its_ledger_do_not_count(project):
+    ledger = project.path / "l.jsonl"
+    ledger.write_text('{"schema": "aprt-ledger-v9"}\n{"schema": "aprt-led')
+    result = run(project, "--aprt-ledger=l.jsonl")
+    result.stdout.fnmatch_lines([
+        "line 1 has schema 'aprt-ledger-v9', which this version does not know; it is kept",
+        "line 2 is no JSON object: *",
+    ])  # fmt: skip
+    assert ledger.read_text().startswith('{"schema": "aprt-ledger-v9"}\n{"schema": "aprt-led\n')
+
+
 def test_a_ledger_that_cannot_be_written_ends_the_run_with_4(project):
     assert run(project, "--aprt-ledger=claims").ret == 4
     (project.path / "file").write_text("")
