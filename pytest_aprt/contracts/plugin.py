@@ -25,7 +25,7 @@ from pytest_aprt.errors import AprtError, ContractError, SettingsError
 from pytest_aprt.sources._files import one_line
 
 if TYPE_CHECKING:
-    from pytest_aprt.ledger.record import Problem
+    from pytest_aprt.ledger.record import Problem, Record
     from pytest_aprt.ledger.summary import Summary
     from pytest_aprt.report import ContractJson
     from pytest_aprt.workbench import Workbench
@@ -87,6 +87,7 @@ class ContractPlugin:
         self.ledger = _ledger(config, option)
         self.summary: Summary | None = None
         self._late_error: str | None = None
+        self._run: tuple[str, str | None] | None = None  # its id, and git's revision
         self.contracts: dict[Path, Contract] = {}
         named = bool(option(config, "aprt_contracts"))
         self._typed = bool(config.getoption("aprt_contracts"))
@@ -187,10 +188,19 @@ class ContractPlugin:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Gather the outcomes, on the controller."""
+        """Gather the outcomes, on the controller; each is recorded at once, lest a kill lose it."""
         found = getattr(report, ATTRIBUTE, None)
-        if found is not None:
-            self.outcomes[report.nodeid] = Evaluated(**found)
+        if found is None:
+            return
+        outcome = self.outcomes[report.nodeid] = Evaluated(**found)
+        if self.ledger is None or self._late_error or hasattr(self.config, "workerinput"):
+            return
+        from pytest_aprt.ledger.record import append
+
+        try:
+            append(self.ledger, self._records([outcome]))
+        except AprtError as error:
+            self._late_error = str(error)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -198,35 +208,45 @@ class ContractPlugin:
         if hasattr(self.config, "workerinput") or not self.outcomes:
             return
         try:
-            self._keep()
+            if self._late_error is None:
+                self._keep()
         except AprtError as error:
             self._late_error = str(error)
+        if self._late_error is not None:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def _keep(self) -> None:
-        from pytest_aprt.ledger.record import append, read, records_of
-        from pytest_aprt.ledger.summary import claim_hash, summarise
+        from pytest_aprt.ledger.record import read
+        from pytest_aprt.ledger.summary import summarise
 
-        by_name = {found.contract: found.contract for found in self.outcomes.values()}
-        contracts = {name: self.contracts[(self.config.rootpath / name).resolve()]
-                     for name in by_name}  # fmt: skip
+        problems: list[Problem] = []
+        if self.ledger is None:
+            records = self._records(list(self.outcomes.values()))
+        else:
+            records, problems = read(self.ledger)
+        contracts = {found.contract: self._contract(found) for found in self.outcomes.values()}
+        self.summary = summarise(contracts, records, problems)
+        workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
+        if workbench is not None and workbench.finished is not None:
+            workbench.keep_contracts(self._rows())
+
+    def _contract(self, found: Evaluated) -> Contract:
+        return self.contracts[(self.config.rootpath / found.contract).resolve()]
+
+    def _records(self, outcomes: list[Evaluated]) -> list[Record]:
+        from pytest_aprt.ledger.record import git_revision, records_of
+        from pytest_aprt.ledger.summary import claim_hash
+
         claims = {
-            (name, falsifier.id): claim_hash(falsifier)
-            for name, contract in contracts.items()
-            for falsifier in contract.falsifiers
+            (found.contract, found.id): claim_hash(self._contract(found).named(found.id))
+            for found in outcomes
         }
         workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
         report = None if workbench is None else workbench.finished
-        run = uuid.uuid4().hex if report is None else report["run"]["id"]
-        found = list(self.outcomes.values())
-        records = records_of(found, claims, report, run, self.config.rootpath)
-        problems: list[Problem] = []
-        if self.ledger is not None:
-            append(self.ledger, records)
-            records, problems = read(self.ledger)
-        self.summary = summarise(contracts, records, problems)
-        if workbench is not None and report is not None:
-            workbench.keep_contracts(self._rows())
+        if self._run is None:
+            run = uuid.uuid4().hex if report is None else report["run"]["id"]
+            self._run = run, git_revision(self.config.rootpath)
+        return records_of(outcomes, claims, report, *self._run)
 
     def _rows(self) -> list[ContractJson]:
         """Return the outcomes as report.json holds them, in the order in which they came."""

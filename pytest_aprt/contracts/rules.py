@@ -8,7 +8,7 @@ earlier revision are in ``validate``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from pytest_aprt.contracts.contract import Contract, Falsifier
 from pytest_aprt.contracts.ladder import height, rung_of
 from pytest_aprt.contracts.lines import Map, Seq
 from pytest_aprt.contracts.references import missing_references
-from pytest_aprt.sources._files import one_line
+from pytest_aprt.contracts.shapes import equations, misshapen
 
 Severity = Literal["error", "warning"]
 Found = Iterator[tuple[int, str]]
@@ -57,21 +57,6 @@ _TOP_LEVEL = (
     "enforcement", "falsification_tests", "kani_harnesses", "qa_gate", "verification_summary",
     "type_invariants", "coq_spec", "beat", "stories",
 )  # fmt: skip
-_SHAPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "equations": ((Map, Seq), "a mapping of names to equations"),
-    "proof_obligations": ((Seq,), "a list of obligations"),
-    "kani_harnesses": ((Seq,), "a list of harnesses"),
-    "qa_gate": ((Map,), "a mapping"),
-    "verification_summary": ((Map,), "a mapping"),
-}
-_METADATA_SHAPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "version": ((str, int, float), "text"),
-    "description": ((str,), "text"),
-    "kind": ((str,), "text"),
-    "references": ((Seq,), "a list"),
-    "depends_on": ((Seq,), "a list"),
-    "registry": ((bool,), "true or false"),
-}
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)([-+][0-9A-Za-z.+-]+)?")
 _CONTRACT_STATUSES = frozenset({"ACTIVE", "ENFORCED"})  # of whole contracts: they claim no rung
 
@@ -93,20 +78,6 @@ def rows(contract: Contract, key: str) -> Iterator[tuple[Map, int]]:
         for item, line in zip(value, value.lines, strict=True):
             if isinstance(item, Map):
                 yield item, line
-
-
-def equations(contract: Contract) -> Map:
-    """Return the equations by name; a list is promoted to a mapping, as upstream does."""
-    value = contract.data.get("equations")
-    if isinstance(value, Map):
-        return value
-    promoted = Map(contract.data.line_of("equations"))
-    if isinstance(value, Seq):
-        for index, (item, line) in enumerate(zip(value, value.lines, strict=True)):
-            name = str(item.get("id", f"equation_{index}")) if isinstance(item, Map) else str(item)
-            promoted[name] = item
-            promoted.lines[name] = line
-    return promoted
 
 
 def _empty(value: Any) -> bool:
@@ -278,26 +249,6 @@ def _demand(c: Contract) -> Found:
         yield _in_metadata(c, "demand_score"), f"demand_score {score!r}: expected 1 to 5"
 
 
-def _shape(c: Contract) -> Found:
-    yield from c.problems
-    for holder, prefix, shapes in (
-        (c.data, "", _SHAPES), (c.metadata, "metadata.", _METADATA_SHAPES),
-    ):  # fmt: skip
-        for key, (kinds, expected) in shapes.items():
-            if not isinstance(holder.get(key), (*kinds, type(None))):
-                yield holder.line_of(key), f"{prefix}{key}: expected {expected}"
-    for key in ("proof_obligations", "kani_harnesses"):
-        value = c.data.get(key)
-        if isinstance(value, Seq):
-            for item, line in zip(value, value.lines, strict=True):
-                if not isinstance(item, Map):
-                    yield line, f"{key}: expected a mapping, found {one_line(item)!r:.60}"
-    found = equations(c)
-    for name, equation in found.items():
-        if not isinstance(equation, Map):
-            yield found.line_of(name), f"equation {one_line(name)}: expected a mapping with a formula"
-
-
 def _semver(c: Contract) -> Found:
     if c.version and not _SEMVER.fullmatch(c.version):
         yield _in_metadata(c, "version"), f"version {c.version!r} is not of the form 1.2.3"
@@ -393,7 +344,7 @@ RULES = (
          _dangling_na),
     Rule("PROVABILITY-001", "error", "a kernel can be proven and falsified", _provability),
     Rule("CRUX-001", "error", "a demand_score is 1 to 5", _demand),
-    Rule("APRT-001", "error", "fields have their shape", _shape),
+    Rule("APRT-001", "error", "fields have their shape", misshapen),
     Rule("APRT-002", "warning", "a version is of the form 1.2.3", _semver),
     Rule("APRT-003", "warning", "binds_to names an equation of the file", _binds_to),
     Rule("APRT-004", "warning", "statuses are known", _statuses),

@@ -72,7 +72,7 @@ class Problem:
 
 def records_of(
     outcomes: Sequence[Evaluated], claims: Mapping[tuple[str, str], str], report: Report | None,
-    run: str, root: Path,
+    run: str, git: str | None,
 ) -> list[Record]:  # fmt: skip
     """Return the records of one run.
 
@@ -81,12 +81,12 @@ def records_of(
         claims: hash of rule and prediction by contract and id.
         report: of the model under test, None without one.
         run: the run's id.
-        root: a folder of the repository whose revision is recorded.
+        git: the repository's revision.
     """
     from pytest_aprt import __version__
 
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    host, git = host_fingerprint(), git_revision(root)
+    host = host_fingerprint()
     found = []
     for outcome in outcomes:
         looked = report is not None and outcome.needs != "nothing"

@@ -66,7 +66,7 @@ BROKEN = [
     ("APRT-001", 28, "an entry has no id", "- id: FALSIFY-SM-001", "- name: x"),
     ("APRT-001", 44, "qa_gate: expected a mapping", "qa_gate:", "qa_gate: x\nold_gate:"),
     ("APRT-001", 19, "proof_obligations: expected a mapping, found 'sums'",
-     "  - type: invariant\n    property: \"sums", "  - sums\n  - type: invariant\n    property: \"sums"),
+     "  - type: invariant\n", "  - sums\n  - type: invariant\n"),
     ("APRT-001", 18, "equation loose: expected a mapping", "proof_obligations:",
      "  loose: x = y\nproof_obligations:"),
     ("APRT-001", 5, "metadata.registry: expected true", 'author: "somebody"', "registry: yes"),

@@ -228,6 +228,18 @@ def test_a_ledger_without_a_model(project):
     assert [r["outcome"] for r in records] == ["passed", "blocked", *["unbound"] * 3]
 
 
+def test_a_killed_run_has_recorded_what_it_evaluated(project):
+    (project.path / "conftest.py").write_text(
+        "import os, pytest_aprt\n@pytest_aprt.falsifier('FALSIFY-B-004')\ndef dies(): os._exit(9)\n"
+    )
+    result = project.runpytest_subprocess("-p", "no:randomly", "--aprt-ledger=l.jsonl")
+    assert result.ret == 9
+    records = [json.loads(line) for line in (project.path / "l.jsonl").read_text().splitlines()]
+    assert [(r["id"][-3:], r["outcome"]) for r in records] == [
+        ("002", "passed"), ("001", "blocked"), ("003", "unbound"),
+    ]  # fmt: skip
+
+
 def test_a_run_tells_which_lines_of_its_ledger_do_not_count(project):
     ledger = project.path / "l.jsonl"
     ledger.write_text('{"schema": "aprt-ledger-v9"}\n{"schema": "aprt-led')
