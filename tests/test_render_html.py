@@ -215,3 +215,64 @@ def test_a_point_keeps_its_numbers_through_the_file(tmp_path):
     reports.write(report_of("prompts"), tmp_path / "r.json")
     report = reports.read(tmp_path / "r.json")
     assert point_of(report, "L02-attn_out") == point_of(report_of("prompts"), "L02-attn_out")
+
+
+def section_of(page, title):
+    """The text behind a heading."""
+    return " ".join("".join(page.text).split(title, 1)[1].split())
+
+
+def test_the_most_likely_tokens_stand_side_by_side_as_text():
+    report = report_of("prompts")
+    top = report["ladder"]["logits"][0]["top"]
+    assert [len(top[side]) for side in ("model", "shadow", "oracle")] == [5, 5, 5]
+    shown = section_of(page_of(report)[1], "most likely next tokens")
+    for side in ("model", "shadow", "oracle"):
+        assert f"{top[side][0]['token']!r} {top[side][0]['p']:.1%}" in shown
+    for row in report["ladder"]["logits"]:
+        row.pop("top", None)  # as in a report of before
+    assert "most likely next tokens" not in page_of(report)[0]
+
+
+def test_decode_growth_is_drawn_over_the_steps():
+    report = report_of("clean")
+    text, page = page_of(report)
+    drawn = re.findall(r'<svg [^>]*aria-label="Relative L2 of the logits over the decode', text)
+    assert len(drawn) == 2  # for wide and narrow pages
+    told = {row["name"]: row for row in report["ladder"]["decode"]}
+    shown = section_of(page, "furthest from its own prefill")
+    assert repr(told["text"]["oracle_text"])[1:4] in shown
+    assert f"{told['step3']['engine_rel_l2']:.1e}" in shown
+    assert "decode the engine has no" not in shown
+    report["ladder"]["decode"] = [{"name": "step1", "status": "unavailable", "reason": "none"}]
+    text, page = page_of(report)
+    assert "over the decode" not in text
+    assert section_of(page, "Decode").startswith("not judged")
+
+
+@pytest.mark.parametrize(("outcome", "declared", "supported", "said"), [
+    ("failed", "PROPOSED", "FALSIFIED", "1 to look at"),
+    ("passed", "DISCHARGED", "PARTIAL_ALGORITHM_LEVEL", "overstated"),
+    ("error", None, "PROPOSED", "1 to look at"),
+    ("blocked", "FUNCTIONAL", "FUNCTIONAL", "nothing falsified or overstated"),
+    ("passed", "PARTIAL", "PARTIAL_ALGORITHM_LEVEL", "1 of 1 held; tally 0+1"),
+])  # fmt: skip
+def test_contracts_have_a_section_that_tells_what_to_look_at(outcome, declared, supported, said):
+    report = with_later_rungs(report_of("clean"))
+    report["contracts"][0].update(outcome=outcome, declared=declared, supported=supported)
+    _, page = page_of(report)
+    assert said in section_of(page, "Contracts and ledger")
+    opened = next(a for tag, a in page.tags if a.get("id") == "rung-contracts")
+    assert ("open" in opened) is (said in ("1 to look at", "overstated"))
+
+
+def test_every_prompt_has_its_errors():
+    report = report_of("prompts")
+    shown = section_of(page_of(report)[1], "Prompts")
+    for number in range(5):
+        assert f"prompt {number}" in shown
+    point = point_of(report, "L02-k_post_rope")
+    text = section_of(page_of(report)[1], "on every prompt")
+    for errors in point["prompts"]:
+        assert f"{errors['total']['cosine']:.6f}" in text[:2000]
+    assert "on every prompt" not in page_of(report_of("fault"))[0]

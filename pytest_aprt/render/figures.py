@@ -127,6 +127,34 @@ def errors_along_the_pass(report: Report, width: float) -> str:
         return _svg(figure, f"pass-{width:.0f}", text)
 
 
+def decode_growth(engine: Sequence[float], weights: Sequence[float], width: float) -> str:
+    """Return how far the logits of every decode step are off.
+
+    Args:
+        engine: model against shadow, of the prefill and then of every step.
+        weights: shadow against oracle, of every step.
+        width: inches.
+    """
+    with rc_context(_RC):
+        figure = Figure(figsize=(width, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_yscale("log")
+        axes.set_ylim(SMALLEST / 10, 10)
+        for name, values, first in (("weights", weights, 1), ("engine", engine, 0)):
+            axes.plot(range(first, first + len(values)), _shown(values), label=name, marker="o",
+                      ms=4, color=_PLACEHOLDER[name], lw=_WIDTH[name], ls=_STYLE[name])  # fmt: skip
+        axes.set_xlim(-0.3, len(engine) - 0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.xaxis.set_major_formatter(lambda x, _: f"step {x:.0f}" if x > 0 else "prefill")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y", alpha=0.8)
+        axes.set_ylabel("relative L2 of logits")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+        text = "Relative L2 of the logits over the decode steps, engine and weights, logarithmic"
+        return _svg(figure, f"decode-{width:.0f}", text)
+
+
 def _shown(values: Sequence[float]) -> list[float]:
     """Return what a log axis shows: zero at its bottom, infinity at its top, nan as a gap."""
     return [value if math.isnan(value) else min(max(value, SMALLEST / 10), 10) for value in values]
@@ -169,6 +197,8 @@ def difference_image(image: ImageJson, key: str, width: float) -> str:
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if image["shape"][0] == 1:
+            axes.set_yticks([0])
         axes.set_xlabel(image["columns"])
         axes.set_ylabel(image["rows"])
         bar = figure.colorbar(shown, cax=beside)

@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pytest_aprt.render import figures
-from pytest_aprt.render.ladder import Rung, rung, rungs
+from pytest_aprt.render import figures, sheets
+from pytest_aprt.render.ladder import Row, Rung, rung, rungs
 from pytest_aprt.render.words import (
     by_layer,
     cosine,
@@ -39,6 +39,8 @@ from pytest_aprt.statuses import VERDICTS
 
 _FOLDER = Path(__file__).parent
 _FIGURES = 16  # difference images drawn at most: 15 KB each
+_PROMPTS = 8  # of a point, the worst first
+_PROMPT_ROWS = 2500  # on the whole page: 250 bytes each
 
 _STATUS_TEXT = {
     "diverged": "error is born here",
@@ -124,6 +126,7 @@ class Page:
         self.errors = ("local", "engine", "weights", "total")
         self.good = VERDICTS[self.verdict["status"]]
         self._left = _FIGURES
+        self._rows_left = _PROMPT_ROWS
 
     # -- the top -----------------------------------------------------------------------------------
 
@@ -269,6 +272,11 @@ class Page:
         self._left -= 1
         return Markup(figures.difference_image(image, f"d-{p['point']}", 5))
 
+    def growth(self, width: float) -> Markup:
+        """The errors over the decode steps, as SVG."""
+        assert self.decode is not None
+        return Markup(figures.decode_growth(self.decode.engine, self.decode.weights, width))
+
     # -- points ------------------------------------------------------------------------------------
 
     @cached_property
@@ -348,9 +356,19 @@ class Page:
         """The command that runs one point again."""
         return f"{self.report['run']['command']} -k {shlex.quote(p['point'])}"
 
+    def on_prompts(self, p: PointJson) -> sheets.Table | None:
+        """A point's errors on each of several prompts, while the page has room for them."""
+        table = sheets.prompts_of(p, min(_PROMPTS, self._rows_left))
+        if table is not None:
+            self._rows_left -= len(table.rows)
+        return table
+
     def prompt(self, p: PointJson) -> str:
         """The prompt on which a point is worst."""
-        prompt = self.report["run"]["prompts"][p["prompt"]]
+        return self._prompt(p["prompt"])
+
+    def _prompt(self, number: int) -> str:
+        prompt = self.report["run"]["prompts"][number]
         return f"{prompt['text']!r}" if prompt["text"] else f"{len(prompt['tokens'])} token ids"
 
     cosine = staticmethod(cosine)
@@ -369,13 +387,31 @@ class Page:
 
     @property
     def rungs(self) -> list[Rung]:
-        """Self-test, every rung of the ladder, contracts and whatever else is a table."""
+        """Self-test, every rung of the ladder and whatever else is a table."""
         report: dict[str, Any] = dict(self.report)
         found = [rung("self-test", report["self_test"])] if report["self_test"] else []
         found += rungs(report["ladder"])
-        if report.get("contracts"):
-            found.append(rung("contracts", report["contracts"]))
         return found
+
+    @cached_property
+    def logits(self) -> list[sheets.Sheet]:
+        """The logits rung, row by row."""
+        return sheets.logits(self.report)
+
+    @cached_property
+    def decode(self) -> sheets.Decode | None:
+        """The decode rung, where it was judged."""
+        return sheets.decode(self.report)
+
+    @cached_property
+    def claims(self) -> sheets.Claims | None:
+        """The contracts, where there are some."""
+        return sheets.contracts(self.report)
+
+    @cached_property
+    def prompts(self) -> sheets.Table | None:
+        """Each of several prompts with the points where it is worst."""
+        return sheets.by_prompt(self.report, self._prompt)
 
     def text(self, value: Any) -> str:
         """Any plain value as text."""
@@ -384,6 +420,11 @@ class Page:
         if isinstance(value, float):
             return f"{value:.4g}"
         return json.dumps(value)
+
+    def reason(self, rung: Rung, row: Row) -> str:
+        """Why a row of a rung is as it is."""
+        found = dict(zip(rung.columns, row.cells, strict=True))
+        return str(found.get("reason", ""))
 
     @property
     def provenance(self) -> list[tuple[str, str]]:

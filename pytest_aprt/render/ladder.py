@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BAD, GOOD, NEUTRAL = "bad", "good", "neutral"
+BAD, GOOD, NEUTRAL, FOLLOWS, SKIPPED = "bad", "good", "neutral", "follows", "skipped"
 
 _MARKS = {
     # value of a row's status, outcome or passed: how the row is to be seen
     "broken": BAD,
     "failed": BAD,
     "differs": NEUTRAL,
+    "inherited": FOLLOWS,
+    "unavailable": SKIPPED,
+    "skipped": SKIPPED,
     "falsified": BAD,
     "diverged": BAD,
     "False": BAD,
@@ -48,6 +51,19 @@ class Rung:
     def title(self) -> str:
         """The rung's name as a heading."""
         return self.name.replace("_", " ").capitalize()
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """Whether something is broken, follows, or could not be judged: words and their chip."""
+        if self.bad:
+            return f"{self.bad} broken", "diverged"
+        follows = sum(row.mark == FOLLOWS for row in self.rows)
+        if follows:
+            return f"{follows} follow from another fault", "inherited"
+        skipped = sum(row.mark == SKIPPED for row in self.rows)
+        if skipped == len(self.rows):
+            return "not judged", "inconclusive"
+        return f"nothing broken, {skipped} not judged" if skipped else "nothing broken", "pass"
 
     @property
     def bad(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from pytest_aprt.render.ladder import BAD, rungs
+from pytest_aprt.render.sheets import contracts
 from pytest_aprt.render.words import (
     SYMBOLS,
     by_layer,
@@ -35,6 +36,8 @@ MOST_CHARACTERS = 60_000
 _ROWS = 20  # of any table; the layers get more
 _LAYERS = 100
 _TEXT = 300  # characters of one cell
+
+_FIGURES = ("total", "weights", "engine", "top")  # of logits and steps: report.html has them
 
 _POINT_HEAD = ("status", "total cos", "weights cos", "engine rel_l2", "local rel_l2")
 
@@ -133,10 +136,10 @@ def _broken(report: Report) -> str:
         bad = [row for row in rung.rows if row.mark == BAD]
         if not bad:
             continue
-        rows = [[_plain(cell) for cell in row.cells] for row in bad]
-        sections.append(
-            f"## {rung.title}\n\n" + _first(rows, rung.columns, f"rows of {rung.title.lower()}")
-        )
+        shown = [i for i, column in enumerate(rung.columns) if column not in _FIGURES]
+        rows = [[_plain(row.cells[i]) for i in shown] for row in bad]
+        head = [rung.columns[i] for i in shown]
+        sections.append(f"## {rung.title}\n\n" + _first(rows, head, f"rows of {rung.name}"))
     return "\n\n".join(sections)
 
 
@@ -144,14 +147,21 @@ def _contracts(report: Report) -> str:
     found = report.get("contracts") or []
     if not found:
         return ""
-    rows = [
-        [_plain(row["id"]), row["outcome"], _plain(row["declared"] or ""), row["supported"],
-         _plain(row["detail"])]
-        for row in sorted(found, key=lambda row: row["outcome"] == "passed")
-    ]  # fmt: skip
-    held = sum(row["outcome"] == "passed" for row in found)
+    claims = contracts(report)
+    assert claims is not None
     head = ["falsifier", "outcome", "declared", "supported", "measured"]
-    return f"## Contracts: {held} of {len(found)} held\n\n" + _first(rows, head, "falsifiers")
+    columns = [claims.table.head.index(name) for name in head]
+    cells = [[_plain(row[i]) for i in columns] for row in claims.table.rows]
+    at_once = [row for row in cells if row[1] != "passed"]
+    held = [row for row in cells if row[1] == "passed"]
+    parts = [f"## Contracts and ledger\n\n{_plain(claims.tally)}."]
+    if at_once:
+        parts.append(_first(at_once, head, "falsifiers"))
+    if held:
+        table = _first(held, head, "falsifiers")
+        title = f"{len(held)} falsifiers that held"
+        parts.append(f"<details><summary>{title}</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(parts)
 
 
 def _self_tests(report: Report) -> str:

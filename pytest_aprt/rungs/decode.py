@@ -86,7 +86,7 @@ def decode_rows(pair: Pair, engine: Any, finals: Sequence[Finals], steps: int) -
             unavailable(asked[1:], "the engine's decode failed")
         )
     before = _apart(longest.model["lm_head"], longest.shadow["lm_head"])
-    return [*(_step_row(step) for step in found), _growth_row(found, before), text]
+    return [*(_step_row(pair, step) for step in found), _growth_row(found, before), text]
 
 
 def _greedy(
@@ -216,8 +216,8 @@ def _guarded(
         raise CaptureError(f"decode raised {blame(error)}") from error
 
 
-def _step_row(step: _Step) -> Row:
-    row = row_of(f"step{step.number}", step.logits, "")
+def _step_row(pair: Pair, step: _Step) -> Row:
+    row = row_of(f"step{step.number}", step.logits, 0, pair)
     figures = {**row.figures, "engine_rel_l2": step.engine, "weights_rel_l2": step.weights}
     figures.pop("prompt")
     if step.worst is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_aprt.architectures import HEAD
+from pytest_aprt.errors import AprtError
 from pytest_aprt.rungs import LOGITS, Row, unavailable
 from pytest_aprt.weights import row_chunks
 
@@ -75,9 +76,13 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """Three runs' logits summed up: each one's favourites (T,), and every error."""
+    """Three runs' logits summed up: each one's favourites (T,), and every error.
+
+    ``top`` has each side's highest tokens at the last position with their probabilities.
+    """
 
     favourites: Mapping[str, Tensor]
+    top: Mapping[str, list[tuple[int, float]]]
     finite: Mapping[str, bool]
     errors: Mapping[str, Comparison]
 
@@ -132,9 +137,15 @@ class Summary:
         """Return what all columns together say."""
         return Logits(
             favourites={side: self._ids[side][:, 0] for side in SIDES},
+            top={side: self._top(side) for side in SIDES},
             finite=dict(self._finite),
             errors={name: self._comparison(name) for name in ERRORS},
         )
+
+    def _top(self, side: str) -> list[tuple[int, float]]:
+        log_mass = self._peak[side][-1] + self._mass[side][-1].log()
+        chances = (self._values[side][-1, :, SIDES.index(side)] - log_mass).exp()
+        return list(zip(self._ids[side][-1].tolist(), chances.tolist(), strict=True))
 
     def _comparison(self, name: str) -> Comparison:
         side, reference = ERRORS[name]
@@ -166,8 +177,7 @@ def logit_rows(pair: Pair, finals: Sequence[Finals]) -> list[Row]:
         if any(stage not in f.model for f in finals):
             rows += unavailable([name], f"the model's side does not expose {stage}")
             continue
-        found = [row_of(name, judge(pair, f), f.prompt.text, number)
-                 for number, f in enumerate(finals)]  # fmt: skip
+        found = [row_of(name, judge(pair, f), number, pair) for number, f in enumerate(finals)]
         rows.append(max(found, key=lambda row: (SEVERITY.index(row.status),
                                                 row.figures["total"]["kl"])))  # fmt: skip
     return rows
@@ -204,12 +214,34 @@ def heads(pair: Pair, normed: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
         yield {s: t @ (oracle if s == "oracle" else model).T for s, t in normed.items()}
 
 
-def row_of(name: str, logits: Logits, prompt: str, number: int = 0) -> Row:
-    """Judge logits: flips that neither rounding nor the weights explain break the rung."""
+def row_of(name: str, logits: Logits, number: int, pair: Pair) -> Row:
+    """Judge logits: flips that neither rounding nor the weights explain break the rung.
+
+    Args:
+        name: of the row.
+        logits: summed up.
+        number: of the prompt.
+        pair: whose tokenizer shows the highest tokens.
+    """
     figures: dict[str, Any] = {"prompt": number, "positions": len(logits.favourites["model"])}
     figures |= {error: found.figures() for error, found in logits.errors.items()}
+    if figures["positions"] == 1:
+        figures["top"] = {
+            side: [{"id": token, "token": _shown(pair, token), "p": p} for token, p in top]
+            for side, top in logits.top.items()
+        }
     status, reason = verdict_of(logits)
     return Row(name=name, status=status, reason=reason, figures=figures)
+
+
+def _shown(pair: Pair, token: int) -> str | None:
+    """Return a token as text; as the vocabulary has it where it is a part of a character."""
+    try:
+        text = str(pair.tokenizer.decode([token]))
+        broken = "\ufffd" in text
+        return str(pair.tokenizer.convert_ids_to_tokens(token)) if broken else text
+    except AprtError:
+        return None
 
 
 def verdict_of(logits: Logits) -> tuple[str, str]:
