@@ -115,6 +115,8 @@ def test_a_broken_rung_is_the_headline_and_is_open():
     report["verdict"].update(status="DIVERGED", rung="config", summary="DIVERGED: config x is 1")
     _, page = page_of(report)
     assert "The fault is in the config" in "".join(page.text)
+    top = " ".join("".join(page.text).partition("Map of the model")[0].split())
+    assert "Whereconfig n_layers" in top and "#rung-config" in page.links
     rungs = {a["id"]: a for tag, a in page.tags if tag == "details" and "rung" in a["class"]}
     assert [name for name, a in rungs.items() if "open" in a] == ["rung-config"]
 

@@ -18,11 +18,10 @@ from markupsafe import Markup
 
 from pytest_aprt.render import figures, sheets
 from pytest_aprt.render.ladder import Row, Rung, rung, rungs
+from pytest_aprt.render.tiles import Tile, tiles_of
 from pytest_aprt.render.words import (
     by_layer,
     cosine,
-    counts,
-    excess,
     layer_name,
     megabytes,
     place,
@@ -97,17 +96,6 @@ def _worst_token(metrics: MetricsJson) -> str:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One fact beside the headline."""
-
-    label: str
-    value: str
-    detail: str = ""
-    href: str = ""
-    mark: str = ""
-
-
-@dataclass(frozen=True)
 class Cell:
     """One cell of the heatmap; None in a row where the layer has no such stage."""
 
@@ -157,55 +145,7 @@ class Page:
     @property
     def tiles(self) -> list[Tile]:
         """The facts beside the headline."""
-        return self._origin_tiles() if self.verdict["origins"] else self._quiet_tiles()
-
-    def _origin_tiles(self) -> list[Tile]:
-        origin = self.verdict["origins"][0]
-        tiles = [
-            Tile(
-                "Where",
-                span(origin),
-                self.what(origin["stage"]),
-                self._link(origin["point"]),
-                "bad",
-            ),
-            self._size_tile(origin),
-        ]
-        good = origin["previous_good"]
-        if good:
-            name, detail = good["point"], f"local error {small(good['rel_l2'])}"
-            tiles.append(Tile("Still sound before it", name, detail, self._link(name), "good"))
-        if origin["hint"]:
-            tiles.append(Tile("Likely", "", origin["hint"]))
-        return tiles
-
-    def _size_tile(self, origin: OriginJson) -> Tile:
-        if count := origin["born_non_finite"]:
-            return Tile("Size", f"{count} NaN or Inf", "although every input is finite")
-        worst = origin["worst"]
-        if worst is None:
-            return Tile("Size", rel_l2(origin["local"]), "relative L2")
-        times = excess(self.point(origin["point"])) if self.is_point(origin["point"]) else 0.0
-        size = float(worst["rel_l2"])
-        value = f"{size:.1%}" if 1e-3 <= size < 10 else small(size)
-        detail = f"relative L2 {small(worst['rel_l2'])}"
-        if times > 1:
-            detail += f": {times:,.0f} times its tolerance"
-        return Tile("Size", value + where(worst), detail)
-
-    def _quiet_tiles(self) -> list[Tile]:
-        judged = [p for p in self.report["points"] if p["total"] and p["local"]]
-        tiles = [Tile("Judged", f"{len(judged)} points", counts(self.report))]
-        if judged:
-            lowest = min(judged, key=lambda p: _cosine(p["total"]))
-            closest = max(judged, key=excess)
-            tiles += [
-                Tile("Lowest cosine", cosine(lowest["total"]), f"total, at {lowest['point']}",
-                     f"#p-{lowest['point']}"),
-                Tile("Error born in one stage", f"at most {excess(closest):.2g} of its tolerance",
-                     f"at {closest['point']}", f"#p-{closest['point']}"),
-            ]  # fmt: skip
-        return tiles
+        return tiles_of(self.report)
 
     @property
     def baseline(self) -> list[tuple[str, list[str]]]:
@@ -283,10 +223,6 @@ class Page:
     def _by_name(self) -> dict[str, PointJson]:
         return {p["point"]: p for p in self.report["points"]}
 
-    def point(self, name: str) -> PointJson:
-        """A point by its name."""
-        return self._by_name[name]
-
     @property
     def origins(self) -> list[tuple[OriginJson, PointJson]]:
         """Every origin with its point."""
@@ -305,9 +241,6 @@ class Page:
     def origin_names(self) -> frozenset[str]:
         """The names of all origins."""
         return frozenset(o["point"] for o in self.verdict["origins"])
-
-    def _link(self, name: str) -> str:
-        return f"#p-{name}" if self.is_point(name) else ""
 
     def is_point(self, name: str | None) -> bool:
         """Whether something is the name of a point on this page."""
@@ -443,8 +376,3 @@ class Page:
             ("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())),
             ("run id", run["id"]),
         ]  # fmt: skip
-
-
-def _cosine(metrics: MetricsJson | None) -> float:
-    value = float(metrics["cosine"]) if metrics else 1.0
-    return value if value == value else 1.0
