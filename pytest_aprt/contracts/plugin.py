@@ -225,6 +225,12 @@ class ContractPlugin:
         else:
             records, problems = read(self.ledger)
         contracts = {found.contract: self._contract(found) for found in self.outcomes.values()}
+        if self.ledger is not None:  # what this run did not select has evidence there, too
+            root = self.config.rootpath.resolve()
+            inside = {p.relative_to(root).as_posix(): c for p, c in self.contracts.items()
+                      if p.is_relative_to(root)}  # fmt: skip
+            contracts = {**inside, **contracts}
+            records = [record for record in records if record.contract in contracts]
         self.summary = summarise(contracts, records, problems)
         workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
         if workbench is not None and workbench.finished is not None:

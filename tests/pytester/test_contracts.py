@@ -228,6 +228,18 @@ def test_a_ledger_without_a_model(project):
     assert [r["outcome"] for r in records] == ["passed", "blocked", *["unbound"] * 3]
 
 
+def test_a_run_of_some_leaves_the_others_what_the_ledger_has_of_them(project):
+    (project.path / "claims" / "d-v1.yaml").write_text(CONTRACT.replace("-B-", "-D-"))
+    run(project, "--aprt-ledger=l.jsonl")
+    whole = (
+        "tally 0+2 of 10 falsifiers: 0 discharged, 2 partial (0 of them functional); 2 *"
+    )
+    result = run(project, "--aprt-ledger=l.jsonl", "-k", "FALSIFY-B-005")
+    result.stdout.fnmatch_lines(["1 unbound", whole])
+    other = run(project, "--aprt-ledger=l.jsonl", "--aprt-contracts=other", "-k", "FALSIFY-B-002")
+    other.stdout.fnmatch_lines(["1 passed", "tally 0+1 of 5 falsifiers: *"])
+
+
 def test_a_killed_run_has_recorded_what_it_evaluated(project):
     (project.path / "conftest.py").write_text(
         "import os, pytest_aprt\n@pytest_aprt.falsifier('FALSIFY-B-004')\ndef dies(): os._exit(9)\n"
