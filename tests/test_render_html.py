@@ -176,8 +176,9 @@ def test_the_ramp_goes_one_way_in_lightness():
         assert abs(lightness[0] - lightness[-1]) > 150
 
 
-def test_a_28_layer_page_is_below_2_mb():
-    report = of_layers(report_of("fault"), 28)
+@pytest.mark.parametrize("name", ["fault", "prompts"])
+def test_a_28_layer_page_is_below_2_mb(name):
+    report = of_layers(report_of(name), 28)
     assert 500_000 < len(html.render(report).encode()) < 2_000_000
 
 

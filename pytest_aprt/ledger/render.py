@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
-
-from tabulate import tabulate
 
 from pytest_aprt.contracts.ladder import LADDER
 from pytest_aprt.ledger.summary import Row, Summary
+
+_WIDTH = 80
 
 _MARKS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
     ("FALSIFIED", lambda row: row.supported.status == "FALSIFIED"),
@@ -17,15 +18,51 @@ _MARKS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
 
 
 def text(summary: Summary) -> str:
-    """Return the summary for a terminal: what needs attention first."""
-    head = ["", "falsifier", "declared", "supported", "runs", "why"]
-    rows = [
-        [_mark(r), r.id, r.declared or "", r.supported.status, len(r.supported.records) or "",
-         _short(_why(r))]
-        for r in summary.rows
-    ]  # fmt: skip
-    lines = [*headline(summary), "", tabulate(rows, head, tablefmt="plain", disable_numparse=True)]
+    """Return the summary for a terminal of 80 columns: what needs attention first, each by itself.
+
+    The rest is listed by what supports it, which mostly is the same for many.
+    """
+    lines = []
+    for line in headline(summary):
+        lines += textwrap.wrap(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in summary.rows:
+        mark = _mark(row)
+        if not mark:
+            alike.setdefault((_statuses(row), _why(row)), []).append(row)
+            continue
+        declared = f"declared {row.declared or 'nothing'}, supported {row.supported.status}"
+        lines += ["", f"{mark}  {row.id}  {row.contract}", *_indented(f"{declared}{_runs(row)}"),
+                  *_indented(_why(row))]  # fmt: skip
+    for (statuses, why), rows in alike.items():
+        lines += ["", f"{statuses}: {len(rows)}", *_indented(why)]
+        width = max(len(row.id) for row in rows)
+        contract = ""
+        for row in rows:
+            if row.contract != contract:
+                contract = row.contract
+                lines.append(f"  {contract}")
+            lines.append(f"    {row.id:{width}}{_runs(row)}")
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _statuses(row: Row) -> str:
+    if row.declared == row.supported.status:
+        return f"{row.supported.status}, as declared"
+    return f"{row.supported.status}, declared {row.declared or 'nothing'}"
+
+
+def _indented(value: str) -> list[str]:
+    return textwrap.wrap(
+        value, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _runs(row: Row) -> str:
+    found = row.supported.records
+    if not found:
+        return ""
+    return f" ({len(found)} run{'s' if len(found) > 1 else ''}, last {found[-1].time_utc[:10]})"
 
 
 def markdown(summary: Summary) -> str:
@@ -85,10 +122,6 @@ def _evidence(row: Row) -> str:
     last = row.supported.records[-1]
     model = f", {last.model.get('source')}" if last.model else ""
     return f"{last.time_utc[:10]}{model}: {last.detail}"
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 90 else value[:87] + "..."
 
 
 def _cell(value: str) -> str:

@@ -247,9 +247,12 @@ def test_a_falsified_claim_is_told_first_and_fails(project, capsys):
     project(None, {"outcome": "failed", "detail": "it broke"}, {"id": "FALSIFY-A-002"})
     code, text = shown(capsys)
     assert code == 1
-    rows = [line for line in text.splitlines() if "FALSIFY-A-00" in line]
-    assert rows[0] == "falsified: FALSIFY-A-001"
-    assert rows[1].startswith("FALSIFIED  FALSIFY-A-001") and "it broke" in rows[1]
+    rows = text.splitlines()
+    assert "falsified: FALSIFY-A-001" in rows
+    first = rows.index("FALSIFIED  FALSIFY-A-001  contracts/a.yaml")
+    assert rows[first + 1].startswith("  declared nothing, supported FALSIFIED (1 run, last 20")
+    assert rows[first + 2] == "  falsified: it broke" and first < text.index("FALSIFY-A-002")
+    assert max(map(len, rows)) <= 80
 
 
 def test_stale_and_blocked_are_told(project, capsys):

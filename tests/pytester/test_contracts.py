@@ -231,9 +231,7 @@ def test_a_ledger_without_a_model(project):
 def test_a_run_of_some_leaves_the_others_what_the_ledger_has_of_them(project):
     (project.path / "claims" / "d-v1.yaml").write_text(CONTRACT.replace("-B-", "-D-"))
     run(project, "--aprt-ledger=l.jsonl")
-    whole = (
-        "tally 0+2 of 10 falsifiers: 0 discharged, 2 partial (0 of them functional); 2 *"
-    )
+    whole = "tally 0+2 of 10 falsifiers: 0 discharged, 2 partial (0 of them functional); 2 *"
     result = run(project, "--aprt-ledger=l.jsonl", "-k", "FALSIFY-B-005")
     result.stdout.fnmatch_lines(["1 unbound", whole])
     other = run(project, "--aprt-ledger=l.jsonl", "--aprt-contracts=other", "-k", "FALSIFY-B-002")
