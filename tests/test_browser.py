@@ -10,7 +10,7 @@ import os
 import shutil
 
 import pytest
-from report_cases import of_layers, report_of
+from report_cases import of_layers, report_of, with_later_rungs
 
 from pytest_aprt.render import html
 
@@ -43,6 +43,7 @@ def pages(tmp_path_factory):
         "fault": report_of("fault"),
         "overflow": report_of("overflow"),
         "deep": of_layers(report_of("fault"), 28),
+        "claims": with_claims(report_of("prompts")),
     }
     for name, report in reports.items():
         (folder / f"{name}.html").write_text(html.render(report))
@@ -72,13 +73,28 @@ def opened(browser, pages):
         context.close()
 
 
+def with_claims(report):
+    """Contracts of which one is falsified and one overstated."""
+    claims = with_later_rungs(report_of("clean"))["contracts"]
+    further = {"id": "FALSIFY-X-002", "outcome": "passed", "supported": "PROPOSED"}
+    return {**report, "contracts": [*claims, {**claims[0], **further}]}
+
+
+def test_a_falsified_claim_is_led_to_from_the_top(opened):
+    page = opened("claims")
+    page.locator("#rung-contracts").evaluate("d => d.open = false")
+    page.get_by_role("link", name="2 claims of the contracts").click()
+    page.locator("#rung-contracts table").wait_for(state="visible")
+    assert "FALSIFY-X-002" in page.locator("#rung-contracts").inner_text()
+
+
 def overflow_of(page):
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("size", SIZES, ids=["400", "1400"])
-@pytest.mark.parametrize("name", ["clean", "fault", "overflow", "deep"])
+@pytest.mark.parametrize("name", ["clean", "fault", "overflow", "deep", "claims"])
 def test_the_page_fits_and_complains_of_nothing(opened, pages, name, size, scheme):
     page = opened(name, size, scheme)
     assert page.complaints == []
@@ -87,6 +103,12 @@ def test_the_page_fits_and_complains_of_nothing(opened, pages, name, size, schem
     assert cells.count() == len(pages[name][1]["points"])
     boxes = cells.evaluate_all("all => all.map(a => a.getBoundingClientRect().toJSON())")
     assert all(box["width"] >= 8 and box["height"] >= 8 for box in boxes)
+    page.evaluate("document.querySelectorAll('details.rung').forEach(d => d.open = true)")
+    figures = page.locator("#rung-decode figure:visible svg")
+    assert figures.count() == (name == "clean")  # the others' engine has no steps
+    assert all(box["height"] > 80 for box in figures.evaluate_all(
+        "all => all.map(a => a.getBoundingClientRect().toJSON())"
+    ))  # fmt: skip
     for details in ("layer", "rung", "point"):
         page.evaluate(f"document.querySelectorAll('details.{details}').forEach(d => d.open = true)")
     assert overflow_of(page) <= 0
@@ -171,7 +193,7 @@ CONTRAST = """
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["clean", "fault"])
+@pytest.mark.parametrize("name", ["clean", "fault", "claims"])
 def test_text_has_the_contrast_that_wcag_asks(opened, name, scheme):
     page = opened(name, scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")

@@ -266,7 +266,10 @@ def test_contracts_have_a_section_that_tells_what_to_look_at(outcome, declared, 
     _, page = page_of(report)
     assert said in section_of(page, "Contracts and ledger")
     opened = next(a for tag, a in page.tags if a.get("id") == "rung-contracts")
-    assert ("open" in opened) is (said in ("1 to look at", "overstated"))
+    bad = said in ("1 to look at", "overstated")
+    assert ("open" in opened) is bad
+    top = " ".join("".join(page.text).partition("Map of the model")[0].split())
+    assert ("1 claim of the contracts falsified or overstated: FALSIFY-X-001" in top) is bad
 
 
 def test_every_prompt_has_its_errors():

@@ -151,7 +151,7 @@ def _contracts(report: Report) -> str:
     assert claims is not None
     head = ["falsifier", "outcome", "declared", "supported", "measured"]
     columns = [claims.table.head.index(name) for name in head]
-    cells = [[_plain(row[i]) for i in columns] for row in claims.table.rows]
+    cells = [[_plain(row[i], 120) for i in columns] for row in claims.table.rows]
     at_once = [row for row in cells if row[1] != "passed"]
     held = [row for row in cells if row[1] == "passed"]
     parts = [f"## Contracts and ledger\n\n{_plain(claims.tally)}."]

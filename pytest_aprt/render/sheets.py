@@ -142,6 +142,7 @@ class Claims:
 
     tally: str
     bad: int
+    first: str  # ids of those, the first few
     table: Table
 
 
@@ -167,7 +168,9 @@ def contracts(report: Report) -> Claims | None:
         f"{held} of {len(rows)} held; tally {discharged}+{partial}: {discharged} discharged, "
         f"{partial} partial"
     )
-    return Claims(tally, sum(map(bool, flags)), Table("", head, cells, marks))
+    bad = [cells[i][0] for i in range(len(cells)) if marks[i] == BAD]
+    first = ", ".join(bad[:4]) + (", ..." if len(bad) > 4 else "")
+    return Claims(tally, len(bad), first, Table("", head, cells, marks))
 
 
 def _spaced(status: str | None) -> str:

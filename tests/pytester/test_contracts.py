@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -151,6 +152,33 @@ def test_a_binding_with_a_wrong_argument_says_which_there_are(project):
     result = run(project)
     text = result.stderr.str() + result.stdout.str()
     assert "takes 'model': expected some of aprt_run, aprt_model" in text
+
+
+BINDINGS = """
+import pytest_aprt
+
+@pytest_aprt.falsifier("FALSIFY-B-004")
+def holds():
+    return {"share": 0.5}
+"""
+
+
+@pytest.mark.parametrize(("body", "ret", "says"), [
+    (BINDINGS, 0, "1 passed, 5 deselected*"),
+    ("import nowhere_at_all", 4, "*entry point claims of pytest_aprt.falsifiers cannot be loaded: "
+     "No module named 'nowhere_at_all'"),
+])  # fmt: skip
+def test_an_installed_package_binds_by_its_entry_point(project, monkeypatch, body, ret, says):
+    installed = project.mkdir("installed")
+    (installed / "bound_here.py").write_text(body)
+    info = installed / "bound_here-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bound-here\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pytest_aprt.falsifiers]\nclaims = bound_here\n")
+    monkeypatch.setenv("PYTHONPATH", str(installed), prepend=os.pathsep)
+    result = project.runpytest_subprocess("-q", "-p", "no:randomly", "-k", "B-004")
+    assert result.ret == ret
+    (result.stderr if ret == 4 else result.stdout).fnmatch_lines([says])
 
 
 def test_a_failure_tells_the_claim_the_measurement_and_the_place(faulty):
