@@ -180,6 +180,8 @@ class Workbench:
         from pytest_aprt.render import files
         from pytest_aprt.run import run
 
+        if summary := _step_summary():
+            files.add_step_summary(None, summary)
         keep = {}
         if self._kept == "captures":
             keep = {"keep": CaptureWriter(self._captures)}
@@ -194,8 +196,6 @@ class Workbench:
         self.report = result
         if settings.report is not None:
             files.write(result, settings.report)
-        if summary := os.environ.get("GITHUB_ACTIONS") and os.environ.get("GITHUB_STEP_SUMMARY"):
-            files.add_step_summary(result, Path(summary))
 
     @cached_property
     def report(self) -> Report:
@@ -274,7 +274,7 @@ class Workbench:
         """Say what the run concludes."""
         if self._settings is None or "report" not in self.__dict__:
             return
-        from pytest_aprt.render import github, terminal
+        from pytest_aprt.render import files, github, terminal
 
         saved, verbosity = self._settings.report, self.config.getoption("verbose")
         if verbosity >= 0:
@@ -283,6 +283,8 @@ class Workbench:
             self.report, None if saved is None else str(saved), verbosity
         ):
             terminalreporter.write_line(text, **markup)
+        if summary := _step_summary():  # now, when the contracts have been judged, too
+            files.add_step_summary(self.report, summary)
         if os.environ.get("GITHUB_ACTIONS"):
             for command in github.commands(self.report):
                 terminalreporter.write_line(command)
@@ -290,6 +292,12 @@ class Workbench:
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind."""
         self._scratch.close()
+
+
+def _step_summary() -> Path | None:
+    """Return the file that a GitHub step shows as its summary, None elsewhere."""
+    path = os.environ.get("GITHUB_ACTIONS") and os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(path) if path else None
 
 
 def need_of(items: Iterable[pytest.Item]) -> str:

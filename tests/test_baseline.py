@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
-from report_cases import point_of, report_of
+from report_cases import point_of, report_of, with_later_rungs
 
 from pytest_aprt.baseline import GROWTH, compare, failures
 from pytest_aprt.errors import SettingsError
@@ -127,6 +127,14 @@ def test_annotations_tell_the_verdict_then_the_origins():
     assert github.commands(report_of("clean")) == [
         f"::notice title=forward-pass parity::{report_of('clean')['verdict']['summary']}"
     ]
+    claims = with_later_rungs(report_of("clean"))
+    claims["contracts"].append({**claims["contracts"][0], "id": "X-2", "outcome": "passed",
+                                "supported": "PROPOSED"})  # fmt: skip
+    _, falsified, overstated = github.commands(claims)
+    assert falsified.startswith("::error title=FALSIFY-X-001::falsified: a < b; <script>")
+    assert overstated.startswith("::warning title=X-2::overstated: ")
+    report["contracts"] = claims["contracts"]
+    assert github.commands(report)[-1] == overstated
     report["verdict"]["origins"] *= 30
     assert len(github.commands(report)) == 10
     assert all("\n" not in line for line in github.commands(report))

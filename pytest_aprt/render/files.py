@@ -22,8 +22,10 @@ def write(report: Report, folder: Path) -> None:
     reports.write_text(folder / "report.html", html.render(report))
 
 
-def add_step_summary(report: Report, path: Path) -> None:
+def add_step_summary(report: Report | None, path: Path) -> None:
     """Add report.md to the summary of a GitHub step, which may hold that of others already.
+
+    Without a report it is only tried whether the file can be written.
 
     Raises:
         SettingsError: the file cannot be written.
@@ -32,7 +34,7 @@ def add_step_summary(report: Report, path: Path) -> None:
 
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(markdown.render(report) + "\n")
+            file.write("" if report is None else markdown.render(report) + "\n")
     except OSError as error:
         raise SettingsError(
             f"cannot write GITHUB_STEP_SUMMARY={path}: {error.strerror}; expected a file that a "

@@ -42,3 +42,31 @@ def test_a_baseline_that_is_none_stops_before_the_models_run(faulty):
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*none.json is no aprt-report-v1 report: its schema is None*"])
     assert faulty.runs() == 0
+
+
+CONTRACT = """
+metadata: {version: 1.0.0, kind: pattern, references: [a]}
+falsification_tests:
+  - {id: FALSIFY-C-001, rule: near, prediction: p, if_fails: f,
+     check: {kind: stage_cosine, at_least: 0.9999}}
+"""
+
+
+def test_github_is_told_of_contracts_too(faulty, monkeypatch):
+    (faulty.path / "contracts").mkdir()
+    (faulty.path / "contracts" / "c.yaml").write_text(CONTRACT)
+    summary = faulty.path / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    result = faulty()
+    result.stdout.fnmatch_lines(["::error title=FALSIFY-C-001::falsified: near; lowest total *"])
+    assert summary.read_text().count("# Forward-pass parity") == 1
+    assert "FALSIFY-C-001 | falsified" in summary.read_text()
+
+
+def test_a_summary_that_cannot_be_written_stops_before_the_models_run(faulty, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(faulty.path / "nowhere" / "summary.md"))
+    result = faulty()
+    assert result.ret == 4 and faulty.runs() == 0
+    result.stderr.fnmatch_lines(["*cannot write GITHUB_STEP_SUMMARY=*: No such file or directory*"])
