@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from pytest_aprt.arithmetic import EXACT, Arithmetic, Profile
 from pytest_aprt.compare import View, non_finite
 from pytest_aprt.consensus import Tally
 from pytest_aprt.replay import (
+    LINEAR,
     Context,
     Input,
     Reference,
@@ -50,16 +52,18 @@ class BridgedReplay:
         self._values: dict[Point, Tensor] = {}
         self._bridges: dict[tuple[Point, str], Reference] = {}
         self._carried: tuple[Point, tuple[Point, ...]] | None = None
+        self._prepared: dict[Point, Reference] = {}
 
     def enter(self, captured: LayerStages) -> Context:
         """Take in a layer's captured stages and return what its replay needs besides them."""
-        layer, pair = captured.layer, self._pair
+        self._layer, pair = captured.layer, self._pair
+        layer = self._layer
         entry = pair.graph.layer_input(layer)
         values = {Point(layer, name): tensor for name, tensor in captured.stages.items()}
         self._carry(entry, () if layer == 0 else self._arithmetics_to_carry())
         if entry in self._values:
             values[entry] = self._values[entry]
-        self._values = values
+        self._values, self._prepared = values, {}
         self._context = Context(
             facts=pair.oracle_facts,
             architecture=pair.architecture,
@@ -93,8 +97,21 @@ class BridgedReplay:
         Raises:
             UnfitError: the arithmetic's blocks do not fit the point's shapes.
         """
+        if arithmetic == EXACT and point in self._prepared:
+            return self._prepared[point]
         inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
         return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
+
+    def products(self) -> Iterator[Callable[[], None]]:
+        """Yield what replays each product with weights ahead of time, for ``together``."""
+        for stage in self._pair.graph.of_layer(self._layer):
+            point = Point(self._layer, stage.name)
+            parents = self._pair.graph.parents(point)
+            if stage.name in LINEAR and all(parent in self._values for parent in parents):
+                yield partial(self._prepare, point)
+
+    def _prepare(self, point: Point) -> None:
+        self._prepared[point] = self.reference(point)
 
     def _input(self, point: Point, arithmetic: Arithmetic) -> Input:
         if point in self._values:

@@ -9,7 +9,7 @@ Everything is float32. Nothing here is shared with the oracle or with the replay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, Architecture
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.facts import Facts, RopeScaling
-from pytest_aprt.weights import WeightSource, logits
+from pytest_aprt.weights import WeightSource, logits, times
 
 
 class BuiltinRunner:
@@ -81,7 +81,7 @@ class BuiltinRunner:
 def layer(
     stages: dict[str, Tensor],
     x: Tensor,  # (T, H)
-    w: dict[str, Tensor],
+    w: Mapping[str, Tensor],
     angles: Tensor,  # (T, D/2)
     stretch: float,
     mask: Tensor,  # (T, T), with a cache of S tokens (T, S+T)
@@ -95,7 +95,7 @@ def layer(
 
     s["attn_norm"] = rms_norm(x, w["input_layernorm.weight"], f.eps, a)  # (T, H)
     s["qkv_matmul"] = torch.cat(
-        [s["attn_norm"] @ w[f"self_attn.{p}_proj.weight"].T for p in "qkv"], dim=-1
+        [times(w, f"self_attn.{p}_proj.weight", s["attn_norm"]) for p in "qkv"], dim=-1
     )  # (T, (n+2g)D)
     qkv = s["qkv_matmul"]
     if a.qkv_bias:
@@ -118,17 +118,17 @@ def layer(
     s["attn_softmax"] = torch.softmax(scores + mask, dim=-1)  # (n, T, T)
     mixed = torch.einsum("nts,snd->tnd", s["attn_softmax"], v[:, shared])
     s["attention"] = mixed.flatten(1)  # (T, nD)
-    s["attn_out"] = s["attention"] @ w["self_attn.o_proj.weight"].T  # (T, H)
+    s["attn_out"] = times(w, "self_attn.o_proj.weight", s["attention"])  # (T, H)
     s["post_attn_residual"] = x + s["attn_out"]
 
     s["ffn_norm"] = rms_norm(
         s["post_attn_residual"], w["post_attention_layernorm.weight"], f.eps, a
     )
-    s["ffn_gate"] = s["ffn_norm"] @ w["mlp.gate_proj.weight"].T  # (T, I)
-    s["ffn_up"] = s["ffn_norm"] @ w["mlp.up_proj.weight"].T  # (T, I)
+    s["ffn_gate"] = times(w, "mlp.gate_proj.weight", s["ffn_norm"])  # (T, I)
+    s["ffn_up"] = times(w, "mlp.up_proj.weight", s["ffn_norm"])  # (T, I)
     s["ffn_silu"] = s["ffn_gate"] * torch.sigmoid(s["ffn_gate"])
     s["ffn_swigl"] = s["ffn_silu"] * s["ffn_up"]
-    s["ffn_out"] = s["ffn_swigl"] @ w["mlp.down_proj.weight"].T  # (T, H)
+    s["ffn_out"] = times(w, "mlp.down_proj.weight", s["ffn_swigl"])  # (T, H)
     s["post_ffn_residual"] = s["post_attn_residual"] + s["ffn_out"]
     return k, v
 

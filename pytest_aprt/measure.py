@@ -7,8 +7,9 @@ read once per layer for all who need them. What leaves this module are numbers, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +21,21 @@ from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import TOP_DIFFS, Metrics, Slice, View, judge, measure
 from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
+from pytest_aprt.matrices import Watch, compute_threads, together
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
-from pytest_aprt.replay import UnfitError, visible
+from pytest_aprt.replay import Context, UnfitError, visible
 from pytest_aprt.rounding import fits
-from pytest_aprt.rungs.weights import TensorRow, layer_rows, model_rows
+from pytest_aprt.rungs.weights import TensorRow, Watched, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, how many layers are done, and how many there are."""
+
+AHEAD = 256
+"""Tokens up to which the replay's products are formed with those of the runs and kept: beyond, the
+products cost more than reading the weights once more."""
 
 Keep = Callable[[str, int, Iterator[LayerStages]], Iterator[LayerStages]]
 """Called with the side and the index of the prompt; sees every layer that passes."""
@@ -115,23 +121,8 @@ class _Runs:
         self.shadow = TransformersRunner(pair.config, pair.model_weights)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matmuls this skinny gain nothing from a second thread, and lose tenfold if a core is busy.
-
-    Measured on 2 cores beside a process that keeps both busy: a tiny model took 3.0 s with two
-    threads, 0.2 s with one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
-@one_thread()
+@compute_threads()
 def measure_pair(
     pair: Pair,
     engine: Engine,
@@ -168,10 +159,15 @@ def measure_pair(
             for lane in lanes:
                 checks.tokens(lane.prompt.tokens)
             for layer in [*range(pair.graph.n_layers), None]:
-                for lane in lanes:
-                    result.errors += _measure_layer(pair, lane, layer, wanted, checks)
+                watched = Watched()
+                for lane, passed in zip(lanes, _advanced(lanes, watched), strict=True):
+                    result.errors += _measure_layer(pair, lane, passed, wanted, checks)
                 if first == 0:
-                    result.tensors += model_rows(pair) if layer is None else layer_rows(pair, layer)
+                    result.tensors += (
+                        model_rows(pair, watched)
+                        if layer is None
+                        else layer_rows(pair, layer, watched)
+                    )
                     if layer == 0:
                         checks.oracle_layer(runs.oracle, lanes[0].prompt.tokens)
                 done += 1
@@ -185,21 +181,48 @@ def measure_pair(
     return result
 
 
+class _Passed(NamedTuple):
+    """One layer of the three runs on one prompt, and what its replay needs besides."""
+
+    model: LayerStages
+    shadow: LayerStages
+    oracle: LayerStages
+    context: Context
+
+
+def _advanced(lanes: Sequence[_Lane], watch: Watch) -> list[_Passed]:
+    """Take every run one layer on.
+
+    The engine may be anything and goes first; then all products of the others, and those that the
+    replay of the engine's stages asks for, are formed together.
+    """
+    models = [next(lane.model) for lane in lanes]
+    contexts = [lane.model_replay.enter(model) for lane, model in zip(lanes, models, strict=True)]
+    runs: list[Callable[[], Any]] = [partial(next, lane.shadow) for lane in lanes]
+    runs += [partial(next, lane.oracle) for lane in lanes]
+    for lane in lanes:
+        if len(lane.prompt.tokens) <= AHEAD:
+            runs += lane.model_replay.products()
+    found = together(runs, watch)
+    rows = zip(models, found, found[len(lanes) :], contexts)  # noqa: B905  # found is longer
+    return [_Passed(*row) for row in rows]
+
+
 def _measure_layer(
     pair: Pair,
     lane: _Lane,
-    layer: int | None,
+    passed: _Passed,
     wanted: frozenset[Point],
     checks: selftest.Checks,
 ) -> Iterator[PointErrors]:
-    model, oracle, shadow = next(lane.model), next(lane.oracle), next(lane.shadow)
+    model, shadow, oracle, context = passed
+    layer = model.layer
     if layer is None:
         lane.finals.append(
             Finals(prompt=lane.prompt, model=model.stages, shadow=shadow.stages,
                    oracle=oracle.stages)
         )  # fmt: skip
     replays = lane.model_replay
-    context = replays.enter(model)
     lane.shadow_replay.enter(shadow)
     seen = visible(context) if layer is not None else None
 

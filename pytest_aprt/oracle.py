@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import nn
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import ArchitectureError
-from pytest_aprt.weights import WeightSource, logits
+from pytest_aprt.matrices import Matrix
+from pytest_aprt.weights import Layer, WeightSource, logits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -152,7 +154,10 @@ class TransformersRunner:
         layer = self._base.layers[index]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_assigned(layer, self._weights.layer(index)))
+            weights = self._weights.layer(index)
+            matrices = weights.matrices if isinstance(weights, Layer) else {}
+            held = {name: weights[name] for name in weights if name not in matrices}
+            stack.enter_context(_assigned(layer, held, matrices))
             if stages is None:
                 stack.enter_context(_attribute(self.config, "_attn_implementation", "eager"))
             else:
@@ -166,7 +171,7 @@ class TransformersRunner:
     def _final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         with (
             torch.no_grad(),
-            _assigned(self._base.norm, {"weight": self._weights.tensor(FINAL_NORM)}),
+            _assigned(self._base.norm, {"weight": self._weights.tensor(FINAL_NORM)}, {}),
         ):
             normed: torch.Tensor = self._base.norm(hidden)
             return normed
@@ -224,7 +229,10 @@ def _tapped(layer: nn.Module, stages: dict[str, torch.Tensor]) -> Iterator[None]
         return hook
 
     def project(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        raw.append(nn.functional.linear(inputs[0], module.weight)[0])  # type: ignore[arg-type]
+        product = getattr(module, "aprt_product", None)  # of a matrix that is not held
+        if product is None:
+            product = nn.functional.linear(inputs[0], module.weight)  # type: ignore[arg-type]
+        raw.append(product[0])
         biased.append(output[0])
 
     handles = [p.register_forward_hook(project) for p in projections]
@@ -245,20 +253,38 @@ def _tapped(layer: nn.Module, stages: dict[str, torch.Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def _assigned(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Give a meta module real weights, without a copy, and take them away again."""
+def _assigned(
+    module: nn.Module, tensors: dict[str, torch.Tensor], matrices: Mapping[str, Matrix]
+) -> Iterator[None]:
+    """Give a meta module real weights, without a copy, and take them away again.
+
+    Linear modules whose weight is one of ``matrices`` multiply by it piece by piece instead.
+    """
+    absent = {
+        name: torch.empty(matrix.rows, matrix.columns, device="meta")
+        for name, matrix in matrices.items()
+    }
     try:
-        module.load_state_dict(tensors, assign=True)
+        module.load_state_dict({**tensors, **absent}, assign=True)
     except RuntimeError as error:
         problems = " ".join(str(error).split()).partition(": ")[2]
         raise ArchitectureError(
             f"transformers' {type(module).__name__} does not take the tensors that the table of "
             f"architectures gives it: {problems}"
         ) from error
-    try:
+    with ExitStack() as stack:
+        stack.callback(module.to, "meta")
+        for name, matrix in matrices.items():
+            linear = module.get_submodule(name.rpartition(".")[0])
+            stack.enter_context(_forward_replaced(linear, partial(_linear, linear, matrix)))
+            stack.callback(setattr, linear, "aprt_product", None)
         yield
-    finally:
-        module.to("meta")
+
+
+def _linear(module: nn.Module, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+    module.aprt_product = product = matrix.times(x)
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    return product if bias is None else product + bias
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, GGML_INPUTS, Arithmetic
 from pytest_aprt.facts import Facts
 from pytest_aprt.rounding import ROUNDINGS, Rounded, kept_as
 from pytest_aprt.stages import STAGES
-from pytest_aprt.weights import WeightSource, row_chunks
+from pytest_aprt.weights import WeightSource, logits, pieces, row_chunks, times
 
 ANGLE_ULPS = 0.25
 """Rotary angles are position times frequency, a float32 that is an input too and grows with the
@@ -151,8 +151,8 @@ def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
 
 
 def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
-    if stage in _LINEAR:
-        return _linear(_LINEAR[stage], context, inputs[0])
+    if stage in LINEAR:
+        return _linear(LINEAR[stage], context, inputs[0])
     values, moves = [i.value for i in inputs], [i.move for i in inputs]
     reference = _responsive(stage, context, values, moves)
     rounds = (context.arithmetic.queries, context.arithmetic.cache) != ("none", "none")
@@ -186,10 +186,18 @@ def _linear(tensors: tuple[str, ...], context: Context, x: Input) -> Reference:
     probes, tokens = _probes(x.value), x.value.shape[0]
     ulps = x.move / FLOAT32_ULP  # keeps the products far from the smallest float32
     moving = torch.cat([ulps * _signs(ulps, seed=i) for i in range(probes)]).float()
-    values, responses, doubts = [], [], []
+    values: list[Tensor] = []
+    responses: list[Tensor] = []
+    doubts: list[Tensor | None] = []
     for name in tensors:
         inputs = context.rounded("inputs", x, context.types.get(name, ""))
         stacked = torch.cat([inputs.value, moving])
+        if inputs.doubt is None and context.arithmetic.weights == "none":
+            value, *moved = _times(context, name, stacked).double().split(tokens)
+            values.append(value)
+            responses.append(torch.stack(moved).square().mean(0).sqrt() * FLOAT32_ULP)
+            doubts.append(None)
+            continue
         for weight in _weight_chunks(context, name):
             operand = context.rounded("weights", captured_input(weight)).value
             value, *moved = (stacked @ operand.T).double().split(tokens)
@@ -203,9 +211,15 @@ def _linear(tensors: tuple[str, ...], context: Context, x: Input) -> Reference:
     return Reference(torch.cat(values, dim=-1), torch.cat(responses, dim=-1), doubt)
 
 
+def _times(context: Context, name: str, x: Tensor) -> Tensor:
+    if name == HEAD:
+        return logits(context.source, x, context.facts.vocab)
+    return times(context.weights, name, x)
+
+
 def _weight_chunks(context: Context, name: str) -> Iterator[Tensor]:
     if name != HEAD:
-        yield context.weights[name]
+        yield from pieces(context.weights, name)
         return
     for rows in row_chunks(context.facts.vocab):
         yield context.source.rows(HEAD, rows)
@@ -377,10 +391,12 @@ def _product(c: Context, inputs: Inputs) -> Tensor:
     return inputs[0] * inputs[1]
 
 
-_LINEAR: dict[str, tuple[str, ...]] = {
+LINEAR: dict[str, tuple[str, ...]] = {
     stage: STAGES[stage].tensors
     for stage in ("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
 }
+"""The stages that are a product with weights."""
+
 _PRODUCTS = {"attn_scores": _rounded_scores, "attention": _rounded_attention}
 _FUNCTIONS: dict[str, _Function] = {
     "embedding": _embedding,

@@ -19,7 +19,8 @@ from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.dump_checks import CheckedDump, swapped_sides
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair, one_thread
+from pytest_aprt.matrices import compute_threads
+from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
 from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.prompts import PROMPT_SETS, Cut
@@ -74,7 +75,7 @@ def run(
     }
     finals = measurement.finals
     rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
-    with one_thread():
+    with compute_threads():
         rungs["logits"] = logit_rows(pair, finals)
         rungs["decode"] = decode_rows(pair, engine, finals, settings.decode_steps)
         rungs["path"] = path_rows(pair, engine, finals, thresholds["lm_head"].cosine)

@@ -1,31 +1,34 @@
 """Weights under Hugging Face names, as float32, from either side's files.
 
-One layer of each is kept at a time; runners, replay and the weights rung read the same one.
+One layer of each is at hand at a time; runners, replay and the weights rung read the same one. Its
+large matrices are not even held: ``times`` multiplies by them piece by piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from pytest_aprt.architectures import EMBEDDING, HEAD, Architecture
 from pytest_aprt.errors import SourceError
 from pytest_aprt.facts import Facts
+from pytest_aprt.matrices import WHOLE, Matrix
 
 if TYPE_CHECKING:
     from pytest_aprt.sources.gguf import GgufFile
     from pytest_aprt.sources.hf import HfFolder
 
-HEAD_CHUNK = 16384
-"""Rows of a vocabulary matrix held as floats at a time: 235 MB at hidden size 3584."""
+HEAD_CHUNK = 4096
+"""Rows of a vocabulary matrix held as floats at a time: 59 MB at hidden size 3584."""
 
 
 class WeightSource(Protocol):
     """Tensors of one model by their Hugging Face names, float32."""
 
-    def layer(self, index: int) -> dict[str, torch.Tensor]:
+    def layer(self, index: int) -> Mapping[str, torch.Tensor]:
         """Return the tensors of a layer by their name within it; the last one asked is kept."""
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -35,18 +38,67 @@ class WeightSource(Protocol):
         """Return some rows of a whole-model matrix, in the order asked: (len(indices), columns)."""
 
 
-class _LayerCache:
-    def __init__(self, load: Callable[[int], dict[str, torch.Tensor]]) -> None:
-        self._load = load
-        self._index: int | None = None
+class Layer(Mapping[str, torch.Tensor]):
+    """The tensors of a layer by their name within it, each read when it is first asked for.
+
+    ``matrices`` are those that are too large to be held; asking for one as a tensor holds it all
+    the same.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], torch.Tensor],
+        names: Sequence[str],
+        matrices: Mapping[str, Matrix],
+    ) -> None:
+        self._load, self._names, self.matrices = load, tuple(names), matrices
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def __call__(self, index: int) -> dict[str, torch.Tensor]:
-        if index != self._index:
-            self._index, self._tensors = None, {}  # free the old layer before the new is read
-            self._tensors = self._load(index)
-            self._index = index
-        return self._tensors
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._tensors:
+            self._tensors[name] = self._load(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def times(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """Return ``x @ weights[name].T``: (T, columns) to (T, rows)."""
+    if isinstance(weights, Layer) and name in weights.matrices:
+        return weights.matrices[name].times(x)
+    return torch.nn.functional.linear(x, weights[name])
+
+
+def pieces(weights: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Tensor]:
+    """Yield a matrix in pieces of whole rows; what was yielded before is overwritten."""
+    if not (isinstance(weights, Layer) and name in weights.matrices):
+        yield weights[name]
+        return
+    matrix = weights.matrices[name]
+    for rows in matrix.pieces():
+        yield matrix.piece(rows)
+
+
+class _LayerCache:
+    """Keeps the last layer, and lets go of the one before."""
+
+    def __init__(self, load: Callable[[int], Layer], leave: Callable[[int], None]) -> None:
+        self._load, self._leave = load, leave
+        self._index: int | None = None
+        self._layer: Layer | None = None
+
+    def __call__(self, index: int) -> Layer:
+        if index != self._index or self._layer is None:
+            if self._index is not None:
+                self._leave(self._index)
+            self._index, self._layer = index, self._load(index)
+        return self._layer
 
 
 class HfWeights:
@@ -55,8 +107,8 @@ class HfWeights:
     def __init__(self, folder: HfFolder, architecture: Architecture, facts: Facts) -> None:
         self._folder = folder
         self._architecture = architecture
-        self._tied = facts.tied_embeddings
-        self.layer = _LayerCache(self._load)
+        self._facts, self._tied = facts, facts.tied_embeddings
+        self.layer = _LayerCache(self._load, self._leave)
 
     def name_in(self, index: int, suffix: str) -> str:
         """Return the checkpoint's name of a layer's tensor."""
@@ -74,11 +126,30 @@ class HfWeights:
         """Return some rows of a whole-model matrix, float32."""
         return self._folder.rows(self.name_of(name), indices)
 
-    def _load(self, index: int) -> dict[str, torch.Tensor]:
-        return {
-            suffix: self._folder.tensor(self.name_in(index, suffix))
-            for suffix in self._architecture.layer_tensors
-        }
+    def matrix(self, name: str) -> Matrix:
+        """Return a whole-model matrix, to be read in pieces."""
+        return self._matrix(self.name_of(name), name, 0)
+
+    def _matrix(self, stored: str, name: str, order: int) -> Matrix:
+        rows, columns = self._folder.shape(stored)
+
+        def read(wanted: range, out: torch.Tensor) -> None:
+            self._folder.fill(stored, wanted, out)
+
+        return Matrix(name, "oracle", order, rows, columns, read)
+
+    def _load(self, index: int) -> Layer:
+        names = list(self._architecture.layer_tensors)
+        large = {s: self.name_in(index, s) for s in _large(names, self._facts)}
+        return Layer(
+            lambda suffix: self._folder.tensor(self.name_in(index, suffix)),
+            names,
+            {s: self._matrix(name, s, names.index(s)) for s, name in large.items()},
+        )
+
+    def _leave(self, index: int) -> None:
+        for suffix in self._architecture.layer_tensors:
+            self._folder.release(self.name_in(index, suffix))
 
 
 class GgufWeights:
@@ -88,7 +159,7 @@ class GgufWeights:
         self._file = file
         self._architecture = architecture
         self._facts = facts
-        self.layer = _LayerCache(self._load)
+        self.layer = _LayerCache(self._load, self._leave)
 
     def name_of(self, name: str) -> str:
         """Return the GGUF name of a whole-model tensor; without output.weight, the embedding."""
@@ -120,10 +191,40 @@ class GgufWeights:
         """Return one tensor of a layer, read anew, in Hugging Face order."""
         return self._in_hf_order(suffix, self._read(index, suffix))
 
-    def _load(self, index: int) -> dict[str, torch.Tensor]:
-        return {
-            suffix: self.layer_tensor(index, suffix) for suffix in self._architecture.layer_tensors
-        }
+    def matrix(self, name: str) -> Matrix:
+        """Return a whole-model matrix, to be read in pieces."""
+        return self._matrix(self.name_of(name), name, 0, None)
+
+    def _matrix(
+        self, stored: str, name: str, order: int, permutation: torch.Tensor | None
+    ) -> Matrix:
+        rows, columns = self._file.info(stored).shape
+
+        def read(wanted: range, out: torch.Tensor) -> None:
+            span: slice | np.ndarray = slice(wanted.start, wanted.stop)
+            if permutation is not None:
+                span = permutation[span].numpy()
+            self._file.fill(stored, span, out.numpy())
+
+        return Matrix(name, "model", order, rows, columns, read)
+
+    def _load(self, index: int) -> Layer:
+        names, large = list(self._architecture.layer_tensors), {}
+        for suffix in _large(names, self._facts):
+            stored = self._architecture.layer_tensor(index, suffix)
+            if self._file.info(stored).shape == layer_shape(suffix, self._facts):  # else _read's
+                rows = self._in_hf_order(suffix, torch.arange(layer_shape(suffix, self._facts)[0]))
+                permuted = suffix in ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+                large[suffix] = self._matrix(
+                    stored, suffix, names.index(suffix),
+                    rows if permuted and self._architecture.permuted_qk else None,
+                )  # fmt: skip
+        return Layer(lambda suffix: self.layer_tensor(index, suffix), names, large)
+
+    def _leave(self, index: int) -> None:
+        for suffix in self._architecture.layer_tensors:
+            if self.has(index, suffix):
+                self._file.release(self._architecture.layer_tensor(index, suffix))
 
     def _read(self, index: int, suffix: str) -> torch.Tensor:
         if suffix.endswith(".bias") and not self.has(index, suffix):
@@ -169,6 +270,12 @@ def layer_shape(suffix: str, facts: Facts) -> tuple[int, ...]:
     return (rows,) if columns is None or kind == "bias" else (rows, columns)
 
 
+def _large(names: Sequence[str], facts: Facts) -> list[str]:
+    """Return the matrices of a layer that are read in pieces."""
+    shapes = {name: layer_shape(name, facts) for name in names}
+    return [name for name, s in shapes.items() if len(s) == 2 and s[0] * s[1] > WHOLE]
+
+
 def row_chunks(rows: int) -> Iterator[range]:
     """Yield the row numbers of a vocabulary matrix in pieces that fit in memory."""
     for start in range(0, rows, HEAD_CHUNK):
@@ -188,6 +295,9 @@ def logits(weights: WeightSource, hidden: torch.Tensor, vocab: int, keep: int = 
         vocab: rows of the head.
         keep: how many tokens.
     """
+    matrix: Matrix | None = weights.matrix(HEAD) if hasattr(weights, "matrix") else None
+    if matrix is not None and matrix.rows * matrix.columns > WHOLE:
+        return matrix.times(hidden)[-keep:]
     linear = torch.nn.functional.linear
     parts = [linear(hidden, weights.rows(HEAD, rows))[-keep:] for rows in row_chunks(vocab)]
     return torch.cat(parts, dim=-1)

@@ -123,8 +123,8 @@ class Subject:
     def run_model(self, prompt: int = 0) -> Iterator[tuple[int | None, dict[str, Any]]]:
         """Run the model under test again; yields layer and its stages as float32 arrays."""
         opened = self.model.opened
-        from pytest_aprt.measure import one_thread
+        from pytest_aprt.matrices import compute_threads
 
-        with one_thread():
+        with compute_threads():
             for layer, stages in opened.engine.layers(opened.prompts[prompt].tokens):
                 yield layer, {name: tensor.numpy() for name, tensor in stages.items()}

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
+from pytest_aprt.matrices import compare
 from pytest_aprt.quants import QUANT_TYPES
 from pytest_aprt.rungs.diagnosis import Case, diagnose
-from pytest_aprt.rungs.distances import ratio, squares, worst_block
+from pytest_aprt.rungs.distances import Distance, distance_of, moved, piece_distance, summed
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
 
@@ -42,8 +43,30 @@ class TensorRow:
         return bool(self.reason)
 
 
-def layer_rows(pair: Pair, layer: int) -> list[TensorRow]:
-    """Return the weights rung for one layer, from weights that both sides have at hand."""
+class Watched:
+    """The distances of the matrices that pass by in pieces, from both sides at once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Distance]] = {}
+
+    def __call__(self, name: str, start: int, model: Tensor, oracle: Tensor) -> None:
+        """Take a piece that begins at row ``start``; called from several threads."""
+        part = moved(piece_distance(model, oracle), start)
+        self._parts.setdefault(name, []).append(part)
+
+    def distance(self, name: str) -> Distance | None:
+        """Return the distance of a matrix all of whose pieces were seen, else None."""
+        return summed(self._parts[name]) if name in self._parts else None
+
+
+def layer_rows(pair: Pair, layer: int, watched: Watched | None = None) -> list[TensorRow]:
+    """Return the weights rung for one layer, from weights that both sides have at hand.
+
+    Args:
+        pair: the opened model and oracle.
+        layer: which one.
+        watched: what was seen of the matrices of the layer that passed in pieces.
+    """
     model, oracle = pair.model_weights.layer(layer), pair.oracle_weights.layer(layer)
     rows = []
     for suffix, gguf_suffix in pair.architecture.layer_tensors.items():
@@ -51,18 +74,36 @@ def layer_rows(pair: Pair, layer: int) -> list[TensorRow]:
         if not pair.model_weights.has(layer, suffix):
             rows.append(_row(pair, name, layer, suffix, math.nan, "is missing in the GGUF"))
             continue
+        seen = None if watched is None else watched.distance(suffix)
+        if seen is not None and _is_explained(pair, name, seen):
+            rows.append(_row(pair, name, layer, suffix, seen.rel_l2))
+            continue
         rows.append(_judged(pair, name, layer, suffix, [(model[suffix], oracle[suffix])]))
     return rows
 
 
-def model_rows(pair: Pair) -> list[TensorRow]:
+def _is_explained(pair: Pair, name: str, seen: Distance) -> bool:
+    bound, block_bound = _bounds(pair, name)
+    return seen.rel_l2 <= bound and seen.worst[0] <= block_bound
+
+
+def model_rows(pair: Pair, watched: Watched | None = None) -> list[TensorRow]:
     """Return the weights rung for whole-model tensors, and for tensors that belong to no stage."""
+    watched = watched or Watched()
     rows = []
     for suffix in (EMBEDDING, FINAL_NORM, HEAD):
         name = pair.model_weights.name_of(suffix)
         shares_embedding = suffix == HEAD and name == pair.model_weights.name_of(EMBEDDING)
         if shares_embedding and pair.oracle_facts.tied_embeddings:
             continue  # judged once, as the embedding
+        seen = watched.distance(suffix) if suffix == HEAD else None
+        if seen is None and suffix != FINAL_NORM:
+            model, oracle = (w.matrix(suffix) for w in (pair.model_weights, pair.oracle_weights))
+            compare(model, oracle, watched)
+            seen = watched.distance(suffix)
+        if seen is not None and _is_explained(pair, name, seen):
+            rows.append(_row(pair, name, None, suffix, seen.rel_l2))
+            continue
         rows.append(_judged(pair, name, None, suffix, _parts(pair, suffix)))
     known = {row.name for row in rows} | set(pair.architecture.parameter_tensors)
     known |= {
@@ -95,20 +136,19 @@ def _judged(
     its largest error, is what is looked at closely.
     """
     bound, block_bound = bounds = _bounds(pair, name)
-    error = norm = 0.0
-    start = 0
+    total, start = summed([]), 0
     suspect: tuple[float, int, Case] | None = None
     has_bad_block = False
     for model, oracle in parts:
-        part = squares(model, oracle)
-        block, _, _ = worst_block(model, oracle)
+        part = distance_of(model, oracle)
+        block = part.worst[0]
         has_bad_block |= block > block_bound
-        sizes = (ratio(*part) / bound, block / block_bound)
+        sizes = (part.rel_l2 / bound, block / block_bound)
         size = math.inf if math.isnan(sizes[0]) else max(sizes)
         if size > 1 and (suspect is None or size > suspect[0]):
             suspect = size, start, Case(pair, layer, suffix, model, oracle, bounds)
-        error, norm, start = error + part[0], norm + part[1], start + len(model)
-    rel_l2 = ratio(error, norm)
+        total, start = summed([total, part]), start + len(model)
+    rel_l2 = total.rel_l2
     if suspect is None or (rel_l2 <= bound and not has_bad_block):
         return _row(pair, name, layer, suffix, rel_l2)
     _, first, case = suspect

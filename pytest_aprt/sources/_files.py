@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import mmap
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -127,3 +128,22 @@ def rows_within(path: Path, name: str, indices: Iterable[int], n_rows: int) -> l
                 f"0 to {n_rows - 1}: were the tokens made for another vocabulary?"
             )
     return wanted
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """Return a private map of a file: changes of the memory, if any, never reach the file."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{one_line(path)}: cannot be read: {reason(error)}") from None
+
+
+def release(file: mmap.mmap, offset: int, n_bytes: int) -> None:
+    """Let the system take back whole pages of a mapped file; reading them maps them anew."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (offset + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        file.madvise(mmap.MADV_DONTNEED, first, length)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_aprt.errors import SourceError
-from pytest_aprt.sources._files import no_such_tensor, one_line, rows_within, sha256_of
+from pytest_aprt.sources._files import no_such_tensor, one_line, release, rows_within, sha256_of
 from pytest_aprt.sources.gguf_header import GgufPart, TensorInfo
 
 __all__ = ["GgufFile", "TensorInfo"]
@@ -27,7 +27,6 @@ __all__ = ["GgufFile", "TensorInfo"]
 _PLAIN = {
     "F64": "<f8",
     "F32": "<f4",
-    "F16": "<f2",
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
@@ -109,6 +108,20 @@ class GgufFile:
         info = self.info(name)
         return self._dequantised(info, self.raw(name)).reshape(info.shape)
 
+    def fill(self, name: str, rows: slice | NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """Dequantise some rows of a matrix into ``out``, (rows, columns).
+
+        Raises:
+            SourceError: as for ``tensor``.
+        """
+        self._decode(self.info(name), self.raw(name)[rows], out)
+
+    def release(self, name: str) -> None:
+        """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""
+        info = self.info(name)
+        if self._maps:
+            release(self._maps[info.part], info.offset, info.n_bytes)
+
     def rows(self, name: str, indices: Iterable[int]) -> NDArray[np.float32]:
         """Return some rows dequantised, in the order asked: (len(indices), columns).
 
@@ -146,20 +159,24 @@ class GgufFile:
         self.close()
 
     def _dequantised(self, info: TensorInfo, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-        decode = _decoder(info.type)
         out = np.empty((len(blocks), info.columns), np.float32)
         step = max(1, _CHUNK // info.columns)
+        for start in range(0, len(blocks), step):
+            self._decode(info, blocks[start : start + step], out[start : start + step])
+        return out
+
+    def _decode(
+        self, info: TensorInfo, blocks: NDArray[np.uint8], out: NDArray[np.float32]
+    ) -> None:
         try:
             with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
-                for start in range(0, len(blocks), step):
-                    out[start : start + step] = decode(blocks[start : start + step])
+                _decoder(info)(blocks, out)
         except NotImplementedError:
             raise SourceError(
                 f"{one_line(self.path)}: tensor {one_line(info.name)!r} is of type {info.type}, "
                 f"which the installed gguf package cannot dequantise: requantise the model to "
                 f"another type or update gguf"
             ) from None
-        return out
 
 
 def _split_paths(part: GgufPart) -> list[Path]:
@@ -226,12 +243,24 @@ def _architecture(part: GgufPart) -> str:
     )
 
 
-def _decoder(type_name: str) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
-    """Return the function from raw rows to values, (rows, bytes per row) to (rows, columns)."""
-    if plain := _PLAIN.get(type_name):
-        return lambda blocks: blocks.view(plain)
-    from gguf.constants import GGMLQuantizationType
+def _decoder(info: TensorInfo) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], None]:
+    """Return what decodes raw rows, (rows, bytes per row), into values, (rows, columns)."""
+    if plain := _PLAIN.get(info.type):
+        return lambda blocks, out: np.copyto(out, blocks.view(plain), casting="unsafe")
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    kind = GGMLQuantizationType[info.type]
+    values, size = GGML_QUANT_SIZES[kind]
+    import torch
+
+    from pytest_aprt.sources.dequant import UNPACK
+
+    if unpack := UNPACK.get(info.type):
+        return lambda blocks, out: unpack(
+            # a copy, as a mapped file is read-only and its blocks lie on odd addresses
+            torch.from_numpy(np.array(blocks)).view(-1, size),
+            torch.from_numpy(out).view(-1, values),
+        )
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[type_name]
-    return lambda blocks: dequantize(blocks, kind)
+    return lambda blocks, out: np.copyto(out, dequantize(blocks, kind))

@@ -10,8 +10,12 @@ the shards that model.safetensors.index.json names.
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import os
 import re
+import struct
 from collections.abc import Iterable, KeysView
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,9 +26,11 @@ from pytest_aprt.errors import SourceError
 from pytest_aprt.sources._files import (
     file_size,
     json_object,
+    mapped,
     no_such_tensor,
     one_line,
     reason,
+    release,
     rows_within,
     sha256_of,
 )
@@ -52,8 +58,9 @@ _FETCHED = (
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Dtypes that widen to float32, or narrow to it, by value; all others are quantised or integer."""
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes that widen to float32, or narrow to it, by value -> torch's names; all others are
+quantised or integer."""
 
 _INSTEAD = (
     ("pytorch_model*.bin", "pickled weights: convert them with save_pretrained"),
@@ -69,6 +76,8 @@ class _Entry:
     file: Path
     dtype: str  # safetensors' name: BF16
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    n_bytes: int
 
 
 class HfFolder:
@@ -89,7 +98,7 @@ class HfFolder:
         self._files = _weight_files(path)
         self._entries = _entries(self._files)
         _check_index(path, self._files, self._entries)
-        self._open: dict[Path, Any] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._sha256: str | None = None
 
     @classmethod
@@ -158,8 +167,25 @@ class HfFolder:
         stored = self._stored(name)
         if not stored.dim():
             raise SourceError(f"{one_line(self.source)}: tensor {one_line(name)!r} has no rows")
+        if isinstance(indices, range) and indices.step == 1:
+            rows_within(self.path, name, [indices[0], indices[-1]] if indices else [], len(stored))
+            return stored[indices.start : indices.stop].to(torch.float32, copy=True)
         wanted = rows_within(self.path, name, indices, len(stored))
         return stored[torch.tensor(wanted, dtype=torch.int64)].to(torch.float32)
+
+    def fill(self, name: str, rows: range, out: torch.Tensor) -> None:
+        """Widen consecutive rows of a matrix into ``out``, float32 (rows, columns).
+
+        Raises:
+            SourceError: as for ``tensor``.
+        """
+        out.copy_(self._stored(name)[rows.start : rows.stop])
+
+    def release(self, name: str) -> None:
+        """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""
+        entry = self._entry(name)
+        if entry.file in self._maps:
+            release(self._maps[entry.file], entry.offset, entry.n_bytes)
 
     def sha256(self) -> str:
         """Return the hex SHA-256 of the safetensors files, in name order, one after another."""
@@ -168,8 +194,8 @@ class HfFolder:
         return self._sha256
 
     def close(self) -> None:
-        """Let go of the files; tensors read so far stay valid, and reading opens them again."""
-        self._open.clear()
+        """Let go of the files; tensors read so far stay valid, and reading maps them again."""
+        self._maps.clear()
 
     def __enter__(self) -> HfFolder:
         return self
@@ -196,10 +222,19 @@ class HfFolder:
                 f"{', '.join(sorted(_FLOATS))}, found {entry.dtype}: name a checkpoint whose "
                 f"weights are not quantised"
             )
-        if entry.file not in self._open:
-            self._open[entry.file] = _safe_open(entry.file, "pt")
-        tensor: torch.Tensor = self._open[entry.file].get_tensor(name)
-        return tensor
+        import torch
+
+        if entry.file not in self._maps:
+            self._maps[entry.file] = mapped(entry.file)
+        count = math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape)
+        # A private map may be written to in principle, which spares torch a copy or a warning.
+        dtype = getattr(torch, _FLOATS[entry.dtype])
+        flat = torch.frombuffer(
+            self._maps[entry.file], dtype=dtype, count=count, offset=entry.offset
+        )
+        return flat.view(entry.shape)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -248,19 +283,31 @@ def _entries(files: list[Path]) -> dict[str, _Entry]:
     """Return the tensors of all files by name, from their headers: no torch is needed for it."""
     entries: dict[str, _Entry] = {}
     for file in files:
-        with _safe_open(file, "np") as reader:
-            names = reader.keys()  # in order of name; the reader itself is no iterable
-            for name in names:
-                if name in entries:
-                    raise SourceError(
-                        f"{one_line(file)}: tensor {one_line(name)!r} is in "
-                        f"{one_line(entries[name].file.name)} too: fetch the model anew"
-                    )
-                part = reader.get_slice(name)
-                entries[name] = _Entry(
-                    file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape())
+        start, header = _header(file)
+        for name in sorted(header.keys() - {"__metadata__"}):
+            if name in entries:
+                raise SourceError(
+                    f"{one_line(file)}: tensor {one_line(name)!r} is in "
+                    f"{one_line(entries[name].file.name)} too: fetch the model anew"
                 )
+            stated = header[name]
+            begin, end = stated["data_offsets"]
+            entries[name] = _Entry(
+                file=file,
+                dtype=stated["dtype"],
+                shape=tuple(stated["shape"]),
+                offset=start + begin,
+                n_bytes=end - begin,
+            )
     return entries
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return where a file's tensors begin and its header, which safetensors has validated."""
+    with _safe_open(file, "np"), file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+        return 8 + length, header
 
 
 def _check_index(path: Path, files: list[Path], entries: dict[str, _Entry]) -> None:

@@ -19,7 +19,7 @@ def multi_step_parity(
 
     The model runs the whole extended prompt at every step, without a cache.
     """
-    from pytest_aprt.measure import one_thread
+    from pytest_aprt.matrices import compute_threads
     from pytest_aprt.oracle import TransformersRunner
 
     pair, engine, prompts = subject.model.opened
@@ -29,7 +29,7 @@ def multi_step_parity(
     reference = TransformersRunner(pair.config, weights)
     cosines: list[float] = []
     flips: list[str] = []
-    with one_thread():
+    with compute_threads():
         for index, prompt in enumerate(prompts):
             tokens = list(prompt.tokens)
             for step in range(steps):

@@ -1,0 +1,241 @@
+"""Products with weight matrices that are read in pieces and never held as a whole.
+
+Whoever runs side by side with others (``together``) shares the reading: a matrix that several of
+them wait for passes through the cache once, for all their activations. Each piece is dequantised,
+multiplied, and compared with the other side's, by as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
+
+PIECE = 1 << 20
+"""Weights in a piece: 4 MB of float32. Smaller ones cost more in calls than they gain in cache, and
+two threads hinder each other (tests/benchmarks/dequant.py)."""
+
+WHOLE = 1 << 22
+"""Matrices of up to so many weights are read whole and kept while their layer is at hand."""
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+Watch = Callable[[str, int, Tensor, Tensor], None]
+"""Called with a matrix's name, the first row of a piece, and both sides' weights of the piece."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight matrix, (rows, columns) float32, that is read piece by piece.
+
+    ``side`` is ``model`` or ``oracle``; ``order`` sorts the matrices of a layer as they are used.
+    ``read`` fills some of its rows into a buffer.
+    """
+
+    name: str
+    side: str
+    order: int
+    rows: int
+    columns: int
+    read: Callable[[range, Tensor], None]
+
+    def pieces(self) -> Iterator[range]:
+        """Yield the row numbers of every piece."""
+        step = max(1, PIECE // self.columns)
+        for start in range(0, self.rows, step):
+            yield range(start, min(start + step, self.rows))
+
+    def piece(self, rows: range, buffer: Tensor | None = None) -> Tensor:
+        """Return some rows, in ``buffer`` if one is given."""
+        count = len(rows) * self.columns
+        flat = torch.empty(count) if buffer is None else buffer[:count]
+        found = flat.view(len(rows), self.columns)
+        self.read(rows, found)
+        return found
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return ``x @ self.T``: (..., columns) to (..., rows), together with others if there are.
+
+        Weights pass in pieces, so elements may be summed in another order than in one product.
+        """
+        flat = x.reshape(-1, self.columns)
+        lane = getcurrent()
+        if isinstance(lane, _Lane):
+            found = lane.wait(_Request(self, flat))
+        else:
+            (found,) = _products([_Request(self, flat)], None)
+        return found.view(*x.shape[:-1], self.rows)
+
+
+class _Request(NamedTuple):
+    matrix: Matrix
+    x: Tensor  # (rows to multiply, columns)
+
+
+class _Lane(greenlet):  # type: ignore[misc]  # greenlet is not typed
+    """One of several functions that run side by side, until each waits for a product."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(function)
+        self.gr_context = contextvars.copy_context()
+
+    def wait(self, request: _Request) -> Tensor:
+        found: Tensor = self.parent.switch(request)
+        return found
+
+
+def together(functions: Sequence[Callable[[], _T]], watch: Watch | None = None) -> list[_T]:
+    """Call functions side by side in this thread, and return what they return.
+
+    Each runs until it needs a product with a Matrix. The matrix that comes first in its layer is
+    then read once for all who wait for it. What one of them raises ends all of them.
+
+    Args:
+        functions: what to call.
+        watch: shown every piece of which both the model's and the oracle's side are at hand.
+    """
+    lanes = [_Lane(function) for function in functions]
+    waiting: dict[_Lane, _Request] = {}
+    returned: dict[_Lane, _T] = {}
+
+    def go_on(lane: _Lane, *value: Tensor) -> None:
+        found = lane.switch(*value)
+        if lane.dead:
+            returned[lane] = found
+        else:
+            waiting[lane] = found
+
+    try:
+        for lane in lanes:
+            go_on(lane)
+        while waiting:
+            first = min(waiting.values(), key=lambda request: request.matrix.order).matrix.name
+            served = [lane for lane, (matrix, _) in waiting.items() if matrix.name == first]
+            requests = [waiting.pop(lane) for lane in served]
+            for lane, product in zip(served, _products(requests, watch), strict=True):
+                go_on(lane, product)
+    finally:
+        for lane in lanes:
+            if not lane.dead:
+                lane.throw(GreenletExit)
+    return [returned[lane] for lane in lanes]
+
+
+def compare(model: Matrix, oracle: Matrix, watch: Watch) -> None:
+    """Show ``watch`` every piece of two matrices of one shape."""
+
+    def one(rows: range) -> None:
+        size = PIECE + model.columns
+        pair = (m.piece(rows, _buffer(n, size)) for n, m in enumerate((model, oracle)))
+        watch(model.name, rows.start, *pair)
+
+    in_threads(one, model.pieces())
+
+
+def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]:
+    """Return every request's product; all matrices are of one name, from one side or both."""
+    matrices = list(dict.fromkeys(request.matrix for request in requests))
+    stacked = [torch.cat([r.x for r in requests if r.matrix is m]) for m in matrices]
+    found = [x.new_empty(len(x), m.rows) for x, m in zip(stacked, matrices, strict=True)]
+    sides = {matrix.side: number for number, matrix in enumerate(matrices)}
+    both = watch is not None and {"model", "oracle"} <= sides.keys()
+
+    def one(rows: range) -> None:
+        weights = []
+        for number, (matrix, x, out) in enumerate(zip(matrices, stacked, found, strict=True)):
+            weights.append(matrix.piece(rows, _buffer(number, PIECE + matrix.columns)))
+            out[:, rows.start : rows.stop] = x @ weights[-1].T
+        if both and watch is not None:
+            name = matrices[0].name
+            watch(name, rows.start, weights[sides["model"]], weights[sides["oracle"]])
+
+    in_threads(one, matrices[0].pieces())
+    results = []
+    parts = [iter(f.split([len(r.x) for r in requests if r.matrix is m]))
+             for f, m in zip(found, matrices, strict=True)]  # fmt: skip
+    for request in requests:
+        results.append(next(parts[matrices.index(request.matrix)]))
+    return results
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+_own = threading.local()
+_threads = 0
+
+
+def _buffer(number: int, size: int) -> Tensor:
+    """Return a buffer of this thread: fresh memory is ten times as slow to write."""
+    buffers: dict[int, Tensor] = _own.__dict__.setdefault("buffers", {})
+    if number not in buffers or buffers[number].numel() < size:
+        buffers[number] = torch.empty(size)
+    return buffers[number]
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "aprt")
+
+
+def in_threads(function: Callable[[_U], object], items: Iterable[_U]) -> None:
+    """Call ``function`` on every item; a free thread takes the next, a busy one its share.
+
+    Raises what the first failing call raises, after the others have ended.
+    """
+    work = list(items)
+    threads = min(_threads or available_cores(), len(work))
+    if threads <= 1:
+        for item in work:
+            function(item)
+        return
+    queue, lock = iter(work), threading.Lock()
+
+    def take() -> None:
+        with torch.no_grad():
+            while True:
+                with lock:
+                    try:
+                        item = next(queue)
+                    except StopIteration:
+                        return
+                function(item)
+
+    for future in [_pool(threads).submit(take) for _ in range(threads)]:
+        future.result()
+
+
+@contextmanager
+def compute_threads(count: int | None = None) -> Iterator[None]:
+    """Use ``count`` threads for pieces (0: one per core), and one for everything smaller.
+
+    A matmul as skinny as a prompt gains nothing from a second thread, and loses tenfold if a core
+    is busy. Measured on 2 cores beside a process that keeps both busy: a tiny model took 3.0 s
+    with two threads in each product, 0.2 s with one.
+    """
+    global _threads
+    before = torch.get_num_threads(), _threads
+    _threads = _threads if count is None else count
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        _threads = before[1]
