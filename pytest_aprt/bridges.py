@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 from pytest_aprt.arithmetic import EXACT, Arithmetic, Profile
 from pytest_aprt.compare import View, non_finite
 from pytest_aprt.consensus import Tally
+from pytest_aprt.matrices import until
 from pytest_aprt.replay import (
     LINEAR,
     Context,
@@ -27,6 +28,7 @@ from pytest_aprt.stages import STAGES, Point, Stage
 
 if TYPE_CHECKING:
     from pytest_aprt.capture import LayerStages
+    from pytest_aprt.forward import BuiltinRunner
     from pytest_aprt.oracle import Prelude
     from pytest_aprt.pair import Pair
 
@@ -102,6 +104,10 @@ class BridgedReplay:
         inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
         return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
 
+    def take(self, stages: Mapping[str, Tensor]) -> None:
+        """Take in more of the layer's captured stages."""
+        self._values |= {Point(self._layer, name): tensor for name, tensor in stages.items()}
+
     def products(self) -> Iterator[Callable[[], None]]:
         """Yield what replays each product with weights ahead of time, for ``together``."""
         for stage in self._pair.graph.of_layer(self._layer):
@@ -109,6 +115,18 @@ class BridgedReplay:
             parents = self._pair.graph.parents(point)
             if stage.name in LINEAR and all(parent in self._values for parent in parents):
                 yield partial(self._prepare, point)
+
+    def products_of(self, engine: BuiltinRunner) -> Iterator[Callable[[], None]]:
+        """Yield the same for an engine that runs side by side with them."""
+        for stage in self._pair.graph.of_layer(self._layer):
+            if stage.name in LINEAR:
+                yield partial(self._prepare_when_there, Point(self._layer, stage.name), engine)
+
+    def _prepare_when_there(self, point: Point, engine: BuiltinRunner) -> None:
+        (parent,) = self._pair.graph.parents(point)
+        until(lambda: parent.stage in engine.stages)
+        self.take({parent.stage: engine.stages[parent.stage]})
+        self._prepare(point)
 
     def _prepare(self, point: Point) -> None:
         self._prepared[point] = self.reference(point)

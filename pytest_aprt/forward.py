@@ -28,6 +28,8 @@ class BuiltinRunner:
 
     def __init__(self, weights: WeightSource, facts: Facts, architecture: Architecture) -> None:
         self._weights, self._facts, self._architecture = weights, facts, architecture
+        self.stages: dict[str, Tensor] = {}
+        """Those of the layer in progress, so far: others may multiply by its weights with it."""
 
     @torch.no_grad()
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
@@ -36,15 +38,16 @@ class BuiltinRunner:
         x = embedding(self._weights, tokens, self._architecture.embedding_scale)
         angles, stretch = rope_angles(facts, len(tokens))
         for index in range(facts.layers):
-            stages = {"embedding": x} if index == 0 else {}
+            stages = self.stages = {"embedding": x} if index == 0 else {}
             mask = causal_mask(len(tokens), facts.windows[index])
             layer(stages, x, self._weights.layer(index), angles, stretch, mask, facts,
                   self._architecture)  # fmt: skip
             x = stages["post_ffn_residual"]
             yield LayerStages(index, stages)
         final = rms_norm(x, self._weights.tensor(FINAL_NORM), facts.eps, self._architecture)
-        head = logits(self._weights, final[-1:], facts.vocab)[0]
-        yield LayerStages(None, {"final_norm": final, "lm_head": head})
+        stages = self.stages = {"final_norm": final}
+        stages["lm_head"] = logits(self._weights, final[-1:], facts.vocab)[0]
+        yield LayerStages(None, stages)
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[int], forced: Sequence[int]) -> Iterator[list[LayerStages]]:

@@ -8,6 +8,7 @@ multiplied, and compared with the other side's, by as many threads as there are 
 from __future__ import annotations
 
 import contextvars
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ class Matrix:
     """A weight matrix, (rows, columns) float32, that is read piece by piece.
 
     ``side`` is ``model`` or ``oracle``; ``order`` sorts the matrices of a layer as they are used.
-    ``read`` fills some of its rows into a buffer.
+    ``read`` fills some of its rows into a buffer; ``leave`` lets go of what mirrors the file.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Matrix:
     rows: int
     columns: int
     read: Callable[[range, Tensor], None]
+    leave: Callable[[], None]
 
     def pieces(self) -> Iterator[range]:
         """Yield the row numbers of every piece."""
@@ -56,11 +58,9 @@ class Matrix:
         for start in range(0, self.rows, step):
             yield range(start, min(start + step, self.rows))
 
-    def piece(self, rows: range, buffer: Tensor | None = None) -> Tensor:
-        """Return some rows, in ``buffer`` if one is given."""
-        count = len(rows) * self.columns
-        flat = torch.empty(count) if buffer is None else buffer[:count]
-        found = flat.view(len(rows), self.columns)
+    def piece(self, rows: range) -> Tensor:
+        """Return some rows, in a buffer that this thread's next piece of this side overwrites."""
+        found = scratch(self.side, (len(rows), self.columns))
         self.read(rows, found)
         return found
 
@@ -81,6 +81,22 @@ class Matrix:
 class _Request(NamedTuple):
     matrix: Matrix
     x: Tensor  # (rows to multiply, columns)
+
+
+class _Until(NamedTuple):
+    condition: Callable[[], bool]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Let the others go on until ``condition`` holds; within ``together`` only.
+
+    Raises:
+        RuntimeError: the others have ended and it does not hold.
+    """
+    lane = getcurrent()
+    while not condition():
+        if not isinstance(lane, _Lane) or not lane.parent.switch(_Until(condition)):
+            raise RuntimeError("what is waited for is not to come")
 
 
 class _Lane(greenlet):  # type: ignore[misc]  # greenlet is not typed
@@ -107,19 +123,28 @@ def together(functions: Sequence[Callable[[], _T]], watch: Watch | None = None) 
     """
     lanes = [_Lane(function) for function in functions]
     waiting: dict[_Lane, _Request] = {}
+    idle: dict[_Lane, _Until] = {}
     returned: dict[_Lane, _T] = {}
 
-    def go_on(lane: _Lane, *value: Tensor) -> None:
+    def go_on(lane: _Lane, *value: Tensor | bool) -> None:
         found = lane.switch(*value)
         if lane.dead:
             returned[lane] = found
+        elif isinstance(found, _Until):
+            idle[lane] = found
         else:
             waiting[lane] = found
 
     try:
         for lane in lanes:
             go_on(lane)
-        while waiting:
+        while waiting or idle:
+            ready = [lane for lane, wait in idle.items() if wait.condition()]
+            for lane in ready or ([] if waiting else list(idle)):
+                del idle[lane]
+                go_on(lane, bool(ready))
+            if ready or not waiting:
+                continue
             first = min(waiting.values(), key=lambda request: request.matrix.order).matrix.name
             served = [lane for lane, (matrix, _) in waiting.items() if matrix.name == first]
             requests = [waiting.pop(lane) for lane in served]
@@ -136,11 +161,11 @@ def compare(model: Matrix, oracle: Matrix, watch: Watch) -> None:
     """Show ``watch`` every piece of two matrices of one shape."""
 
     def one(rows: range) -> None:
-        size = PIECE + model.columns
-        pair = (m.piece(rows, _buffer(n, size)) for n, m in enumerate((model, oracle)))
-        watch(model.name, rows.start, *pair)
+        watch(model.name, rows.start, model.piece(rows), oracle.piece(rows))
 
     in_threads(one, model.pieces())
+    model.leave()
+    oracle.leave()
 
 
 def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]:
@@ -153,14 +178,16 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
 
     def one(rows: range) -> None:
         weights = []
-        for number, (matrix, x, out) in enumerate(zip(matrices, stacked, found, strict=True)):
-            weights.append(matrix.piece(rows, _buffer(number, PIECE + matrix.columns)))
+        for matrix, x, out in zip(matrices, stacked, found, strict=True):
+            weights.append(matrix.piece(rows))
             out[:, rows.start : rows.stop] = x @ weights[-1].T
         if both and watch is not None:
             name = matrices[0].name
             watch(name, rows.start, weights[sides["model"]], weights[sides["oracle"]])
 
     in_threads(one, matrices[0].pieces())
+    for matrix in matrices:
+        matrix.leave()
     results = []
     parts = [iter(f.split([len(r.x) for r in requests if r.matrix is m]))
              for f, m in zip(found, matrices, strict=True)]  # fmt: skip
@@ -175,12 +202,16 @@ _own = threading.local()
 _threads = 0
 
 
-def _buffer(number: int, size: int) -> Tensor:
-    """Return a buffer of this thread: fresh memory is ten times as slow to write."""
-    buffers: dict[int, Tensor] = _own.__dict__.setdefault("buffers", {})
-    if number not in buffers or buffers[number].numel() < size:
-        buffers[number] = torch.empty(size)
-    return buffers[number]
+def scratch(name: str, shape: Sequence[int]) -> Tensor:
+    """Return a float32 buffer of this thread, to be written to: fresh memory is ten times slower.
+
+    What it held before, and who asked last for the same ``name``, is overwritten.
+    """
+    buffers: dict[str, Tensor] = _own.__dict__.setdefault("buffers", {})
+    size = math.prod(shape)
+    if name not in buffers or buffers[name].numel() < size:
+        buffers[name] = torch.empty(size)
+    return buffers[name][:size].view(*shape)
 
 
 def available_cores() -> int:

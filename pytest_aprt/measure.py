@@ -21,6 +21,7 @@ from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import TOP_DIFFS, Metrics, Slice, View, judge, measure
 from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
+from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Watch, compute_threads, together
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
@@ -160,7 +161,9 @@ def measure_pair(
                 checks.tokens(lane.prompt.tokens)
             for layer in [*range(pair.graph.n_layers), None]:
                 watched = Watched()
-                for lane, passed in zip(lanes, _advanced(lanes, watched), strict=True):
+                for lane, passed in zip(
+                    lanes, _advanced(lanes, layer, engine, watched), strict=True
+                ):
                     result.errors += _measure_layer(pair, lane, passed, wanted, checks)
                 if first == 0:
                     result.tensors += (
@@ -190,22 +193,33 @@ class _Passed(NamedTuple):
     context: Context
 
 
-def _advanced(lanes: Sequence[_Lane], watch: Watch) -> list[_Passed]:
+def _advanced(
+    lanes: Sequence[_Lane], layer: int | None, engine: Engine, watch: Watch
+) -> list[_Passed]:
     """Take every run one layer on.
 
-    The engine may be anything and goes first; then all products of the others, and those that the
-    replay of the engine's stages asks for, are formed together.
+    All products with weights are formed together: those of the runs, and those that the replay of
+    the engine's stages asks for. An engine that is not our own may be anything, and goes first.
     """
-    models = [next(lane.model) for lane in lanes]
-    contexts = [lane.model_replay.enter(model) for lane, model in zip(lanes, models, strict=True)]
-    runs: list[Callable[[], Any]] = [partial(next, lane.shadow) for lane in lanes]
+    ours = engine if isinstance(engine, BuiltinRunner) and len(lanes) == 1 else None
+    models = [] if ours else [next(lane.model) for lane in lanes]
+    stages = [{}] if ours else [model.stages for model in models]
+    contexts = [
+        lane.model_replay.enter(LayerStages(layer, known))
+        for lane, known in zip(lanes, stages, strict=True)
+    ]
+    runs: list[Callable[[], Any]] = [partial(next, lane.model) for lane in lanes if ours]
+    runs += [partial(next, lane.shadow) for lane in lanes]
     runs += [partial(next, lane.oracle) for lane in lanes]
     for lane in lanes:
         if len(lane.prompt.tokens) <= AHEAD:
-            runs += lane.model_replay.products()
-    found = together(runs, watch)
-    rows = zip(models, found, found[len(lanes) :], contexts)  # noqa: B905  # found is longer
-    return [_Passed(*row) for row in rows]
+            replays = lane.model_replay
+            runs += replays.products_of(ours) if ours else replays.products()
+    found = iter([*models, *together(runs, watch)])
+    model, shadow, oracle = ([next(found) for _ in lanes] for _ in range(3))
+    if ours:
+        lanes[0].model_replay.take(model[0].stages)
+    return [_Passed(*row) for row in zip(model, shadow, oracle, contexts, strict=True)]
 
 
 def _measure_layer(
@@ -222,7 +236,6 @@ def _measure_layer(
             Finals(prompt=lane.prompt, model=model.stages, shadow=shadow.stages,
                    oracle=oracle.stages)
         )  # fmt: skip
-    replays = lane.model_replay
     lane.shadow_replay.enter(shadow)
     seen = visible(context) if layer is not None else None
 

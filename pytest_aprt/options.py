@@ -66,6 +66,8 @@ OPTIONS = (
            "behind it"),
     Option(name="decode-steps", kind="value", metavar="K",
            help=f"Steps to decode with the KV cache; default {DEFAULT_STEPS}, 0 for none"),
+    Option(name="threads", kind="value", metavar="N",
+           help="Threads that read and multiply large matrices; default 0, one per core"),
     Option(name="strict", kind="flag",
            help="Fail every point whose total is below its threshold, noise or not"),
     Option(name="contracts", kind="list", metavar="DIR",

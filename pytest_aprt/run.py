@@ -64,7 +64,8 @@ def run(
     if settings.dump is not None:
         keep = kept_in(settings.dump, prompts, _recorded(pair, name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
-    measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
+    with compute_threads(settings.threads):
+        measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
     if settings.model_kind == "dump" and (swapped := swapped_sides(measurement.errors)):
         measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -75,7 +76,7 @@ def run(
     }
     finals = measurement.finals
     rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
-    with compute_threads():
+    with compute_threads(settings.threads):
         rungs["logits"] = logit_rows(pair, finals)
         rungs["decode"] = decode_rows(pair, engine, finals, settings.decode_steps)
         rungs["path"] = path_rows(pair, engine, finals, thresholds["lm_head"].cosine)

@@ -46,6 +46,7 @@ class Settings:
     thresholds: Mapping[str, tuple[float, str]]
     arithmetic: str
     decode_steps: int
+    threads: int  # 0: one per core
     strict: bool
     dump: Path | None
     report: Path | None
@@ -117,7 +118,8 @@ def read_settings(get: Get, *, command: str) -> Settings:
         layers=get("aprt_layers") or "all",
         thresholds=_thresholds(cosine, source, get("aprt_threshold") or ()),
         arithmetic=profile_named(get("aprt_arithmetic") or "auto").name,
-        decode_steps=_steps(get("aprt_decode_steps")),
+        decode_steps=_count("decode-steps", get("aprt_decode_steps"), DEFAULT_STEPS),
+        threads=_count("threads", get("aprt_threads"), 0),
         strict=bool(get("aprt_strict")),
         dump=Path(dump) if dump else None,
         report=Path(report) if report else None,
@@ -180,12 +182,13 @@ def _thresholds(
     return thresholds
 
 
-def _steps(text: str | None) -> int:
+def _count(option: str, text: str | None, default: int) -> int:
     if text is None:
-        return DEFAULT_STEPS
+        return default
     if not re.fullmatch(r"\d{1,4}", text.strip(), re.ASCII):
+        what = option.rpartition("-")[2]
         raise SettingsError(
-            f"--aprt-decode-steps={text} is not valid: expected a number of steps such as 3, or 0"
+            f"--aprt-{option}={text} is not valid: expected a number of {what} such as 3, or 0"
         )
     return int(text)
 

@@ -7,6 +7,7 @@ large matrices are not even held: ``times`` multiplies by them piece by piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -86,17 +87,15 @@ def pieces(weights: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Ten
 
 
 class _LayerCache:
-    """Keeps the last layer, and lets go of the one before."""
+    """Keeps the last layer."""
 
-    def __init__(self, load: Callable[[int], Layer], leave: Callable[[int], None]) -> None:
-        self._load, self._leave = load, leave
+    def __init__(self, load: Callable[[int], Layer]) -> None:
+        self._load = load
         self._index: int | None = None
         self._layer: Layer | None = None
 
     def __call__(self, index: int) -> Layer:
         if index != self._index or self._layer is None:
-            if self._index is not None:
-                self._leave(self._index)
             self._index, self._layer = index, self._load(index)
         return self._layer
 
@@ -108,7 +107,7 @@ class HfWeights:
         self._folder = folder
         self._architecture = architecture
         self._facts, self._tied = facts, facts.tied_embeddings
-        self.layer = _LayerCache(self._load, self._leave)
+        self.layer = _LayerCache(self._load)
 
     def name_in(self, index: int, suffix: str) -> str:
         """Return the checkpoint's name of a layer's tensor."""
@@ -136,7 +135,8 @@ class HfWeights:
         def read(wanted: range, out: torch.Tensor) -> None:
             self._folder.fill(stored, wanted, out)
 
-        return Matrix(name, "oracle", order, rows, columns, read)
+        leave = partial(self._folder.release, stored)
+        return Matrix(name, "oracle", order, rows, columns, read, leave)
 
     def _load(self, index: int) -> Layer:
         names = list(self._architecture.layer_tensors)
@@ -147,10 +147,6 @@ class HfWeights:
             {s: self._matrix(name, s, names.index(s)) for s, name in large.items()},
         )
 
-    def _leave(self, index: int) -> None:
-        for suffix in self._architecture.layer_tensors:
-            self._folder.release(self.name_in(index, suffix))
-
 
 class GgufWeights:
     """The model's dequantised weights in Hugging Face order."""
@@ -159,7 +155,7 @@ class GgufWeights:
         self._file = file
         self._architecture = architecture
         self._facts = facts
-        self.layer = _LayerCache(self._load, self._leave)
+        self.layer = _LayerCache(self._load)
 
     def name_of(self, name: str) -> str:
         """Return the GGUF name of a whole-model tensor; without output.weight, the embedding."""
@@ -206,7 +202,8 @@ class GgufWeights:
                 span = permutation[span].numpy()
             self._file.fill(stored, span, out.numpy())
 
-        return Matrix(name, "model", order, rows, columns, read)
+        leave = partial(self._file.release, stored)
+        return Matrix(name, "model", order, rows, columns, read, leave)
 
     def _load(self, index: int) -> Layer:
         names, large = list(self._architecture.layer_tensors), {}
@@ -220,11 +217,6 @@ class GgufWeights:
                     rows if permuted and self._architecture.permuted_qk else None,
                 )  # fmt: skip
         return Layer(lambda suffix: self.layer_tensor(index, suffix), names, large)
-
-    def _leave(self, index: int) -> None:
-        for suffix in self._architecture.layer_tensors:
-            if self.has(index, suffix):
-                self._file.release(self._architecture.layer_tensor(index, suffix))
 
     def _read(self, index: int, suffix: str) -> torch.Tensor:
         if suffix.endswith(".bias") and not self.has(index, suffix):

@@ -432,3 +432,23 @@ def test_fetches_shards_that_the_index_names(offline, monkeypatch, tmp_path):
         assert set(model.names) == set(TENSORS)
     assert [each[:2] for each in asked] == [("owner/name", "v1")] * 2
     assert asked[1][2] == sorted(names)
+
+
+def test_the_hash_of_large_files_is_remembered_until_they_change(tmp_path, monkeypatch):
+    from pytest_aprt.sources import _files
+
+    monkeypatch.setattr(_files, "_REMEMBERED", 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * 100)
+    first = _files.sha256_of([file])
+    assert first == hashlib.sha256(b"a" * 100).hexdigest()
+    (kept,) = (tmp_path / "cache" / "pytest-aprt").iterdir()
+    kept.write_text("0" * 64)
+    assert _files.sha256_of([file]) == "0" * 64  # read from there
+    file.write_bytes(b"b" * 100)
+    assert _files.sha256_of([file]) == hashlib.sha256(b"b" * 100).hexdigest()
+    kept.write_text("no hash")
+    os.utime(file, ns=(1, 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    assert _files.sha256_of([file]) == hashlib.sha256(b"b" * 100).hexdigest()

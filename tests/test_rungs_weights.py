@@ -48,7 +48,7 @@ def test_the_worst_block_is_found_and_small_blocks_do_not_alarm():
     model[31, 96:128] *= 1.5
     size, row, column = worst_block(model, oracle)
     assert (row, column) == (31, 96)
-    assert 0.3 < size <= 0.5
+    assert 0.3 < size <= 0.5 + 1e-6  # sums of 32 squares are in float32
     oracle[4, :32] *= 1e-6
     model = oracle.clone()
     model[4, :32] *= 3

@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from pytest_aprt.matrices import PIECE, scratch
 
 BLOCK = 32
 """Values of a row that are judged together: the smallest block of llama.cpp's types with one."""
@@ -35,23 +38,24 @@ def distance_of(model: Tensor, oracle: Tensor) -> Distance:
     pieces = zip(_pieces(model), _pieces(oracle), strict=True)
     start, found = 0, []
     for a, b in pieces:
-        found.append(moved(piece_distance(a, b), start))
+        found.append(moved(_piece_distance(a, b), start))
         start += len(a)
     return summed(found)
 
 
-def piece_distance(model: Tensor, oracle: Tensor) -> Distance:
+def _piece_distance(model: Tensor, oracle: Tensor) -> Distance:
     """Measure a piece that fits in cache; sums of 32 squares in float32, all others in float64."""
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         b = oracle.double()
         error = float((model.double() - b).square().sum())
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
-    errors, norms = _blocks(model - oracle), _blocks(oracle)
+    errors, norms = _block_norms(model, oracle)
     sizes = _relative(errors, norms)
+    row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
+    size, block = sizes[row].max(0)
     worst = (0.0, 0, 0)
-    if float(sizes.max()) > 0:
-        row, block = divmod(int(sizes.argmax()), sizes.shape[1])
-        worst = float(sizes[row, block]), row, block * BLOCK
+    if size != 0:
+        worst = math.sqrt(float(size.nan_to_num(math.inf, math.inf))), row, int(block) * BLOCK
     return Distance(float(errors.double().sum()), float(norms.double().sum()), worst)
 
 
@@ -90,7 +94,8 @@ def block_errors(model: Tensor, oracle: Tensor) -> Tensor:
     """
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         return oracle.new_zeros(len(oracle), 0)
-    return _relative(_blocks(model - oracle), _blocks(oracle))
+    sizes = _relative(*_block_norms(model, oracle))
+    return sizes.nan_to_num(math.inf, math.inf).sqrt()
 
 
 def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
@@ -98,18 +103,21 @@ def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
     return distance_of(model, oracle).worst
 
 
-def _blocks(values: Tensor) -> Tensor:
-    """Return the squared norm of every block: (rows, blocks)."""
-    # A product with ones sums short runs several times as fast as sum does.
-    sums: Tensor = values.square().reshape(-1, BLOCK) @ values.new_ones(BLOCK)
-    return sums.view(len(values), -1)
+def _block_norms(model: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared norm of every block of the difference, and of the oracle's."""
+    difference, square = (scratch(name, oracle.shape) for name in ("difference", "square"))
+    torch.sub(model, oracle, out=difference)
+    ones = oracle.new_ones(BLOCK)
+    # A product with ones sums short runs faster than sum does.
+    errors = torch.mul(difference, difference, out=square).view(-1, BLOCK) @ ones
+    norms = torch.mul(oracle, oracle, out=square).view(-1, BLOCK) @ ones
+    return errors.view(len(oracle), -1), norms.view(len(oracle), -1)
 
 
 def _relative(errors: Tensor, norms: Tensor) -> Tensor:
-    scale = norms.maximum(norms.mean(-1, keepdim=True)).clamp(min=1e-30)
-    found: Tensor = (errors / scale).nan_to_num(math.inf, math.inf).sqrt()
-    return found
+    """Return the squared distance of every block."""
+    return errors / norms.maximum(norms.mean(-1, keepdim=True)).clamp(min=1e-30)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.split(max(1, (1 << 20) // max(1, tensor[0].numel())))
+    yield from tensor.split(max(1, PIECE // max(1, tensor[0].numel())))

@@ -212,6 +212,8 @@ def heads(pair: Pair, normed: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
         model = pair.model_weights.rows(HEAD, rows)
         oracle = pair.oracle_weights.rows(HEAD, rows)
         yield {s: t @ (oracle if s == "oracle" else model).T for s, t in normed.items()}
+    for weights in (pair.model_weights, pair.oracle_weights):
+        weights.matrix(HEAD).leave()
 
 
 def row_of(name: str, logits: Logits, number: int, pair: Pair) -> Row:

@@ -13,7 +13,7 @@ from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pytest_aprt.matrices import compare
 from pytest_aprt.quants import QUANT_TYPES
 from pytest_aprt.rungs.diagnosis import Case, diagnose
-from pytest_aprt.rungs.distances import Distance, distance_of, moved, piece_distance, summed
+from pytest_aprt.rungs.distances import Distance, distance_of, moved, summed
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
 
@@ -51,7 +51,7 @@ class Watched:
 
     def __call__(self, name: str, start: int, model: Tensor, oracle: Tensor) -> None:
         """Take a piece that begins at row ``start``; called from several threads."""
-        part = moved(piece_distance(model, oracle), start)
+        part = moved(distance_of(model, oracle), start)
         self._parts.setdefault(name, []).append(part)
 
     def distance(self, name: str) -> Distance | None:

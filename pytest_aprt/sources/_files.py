@@ -6,12 +6,18 @@ import difflib
 import hashlib
 import json
 import mmap
+import os
+import re
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pytest_aprt.errors import SourceError
+
+_REMEMBERED = 1 << 28
+"""Bytes from which on a hash is remembered: 256 MB take 0.15 s."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -87,11 +93,38 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(paths: Iterable[Path]) -> str:
-    """Return the hex SHA-256 of the files' bytes one after another, as ``cat ... | sha256sum``.
+    """Return the hex SHA-256 of the files' bytes, one file after another.
+
+    That of large files is remembered, as reading them takes longer than a run: by path, size,
+    times of change and inode, in ``pytest-aprt`` under the user's cache folder.
 
     Raises:
         SourceError: a file cannot be read.
     """
+    paths = list(paths)
+    try:
+        states = [(str(path.resolve()), path.stat()) for path in paths]
+    except OSError as error:
+        raise SourceError(f"{one_line(paths[0])}: cannot be read: {reason(error)}") from None
+    if sum(state.st_size for _, state in states) < _REMEMBERED:
+        return _hashed(paths)
+    key = repr([(path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+                for path, s in states])  # fmt: skip
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = Path(base, "pytest-aprt", hashlib.sha256(key.encode(errors="replace")).hexdigest())
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := place.read_text(encoding="ascii")):
+            return found
+    digest = _hashed(paths)
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        own = place.with_name(f"{place.name}.{os.getpid()}")
+        own.write_text(digest, encoding="ascii")
+        own.replace(place)
+    return digest
+
+
+def _hashed(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:

@@ -1,0 +1,190 @@
+"""Matrices that stream: the same numbers as held ones, read once for all who wait."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from harness import checked, fixture_pair
+
+from pytest_aprt import matrices, weights
+from pytest_aprt.arithmetic import PROFILES
+from pytest_aprt.forward import BuiltinRunner
+from pytest_aprt.matrices import Matrix, compute_threads, in_threads, together, until
+from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.testing import NumpyEngine
+
+TOKENS = (5, 9, 300, 22, 7, 8, 100)
+FAMILIES = ("qwen2", "llama", "qwen3")
+
+
+class Counted:
+    """A random matrix that counts how often each of its rows is read."""
+
+    def __init__(self, name: str = "w", side: str = "model", order: int = 0) -> None:
+        generator = torch.Generator().manual_seed(order)
+        self.values = torch.randn(1000, 64, generator=generator)
+        self.reads = torch.zeros(1000)
+        self.left = 0
+        self.matrix = Matrix(name, side, order, 1000, 64, self._read, self._leave)
+
+    def _read(self, rows: range, out: torch.Tensor) -> None:
+        self.reads[rows.start : rows.stop] += 1
+        out.copy_(self.values[rows.start : rows.stop])
+
+    def _leave(self) -> None:
+        self.left += 1
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(matrices, "PIECE", 1 << 12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_one_pass_serves_all_who_wait(threads):
+    w, v = Counted("w"), Counted("v", order=1)
+    xs = [torch.randn(n, 64) for n in (7, 1, 3)]
+
+    def run(x):
+        return x @ w.values.T, w.matrix.times(x), v.matrix.times(x)
+
+    with compute_threads(threads):
+        found = together([lambda x=x: run(x) for x in xs])
+    for (expected, first, second), x in zip(found, xs, strict=True):
+        torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second, x @ v.values.T, rtol=1e-5, atol=1e-5)
+    assert set(w.reads.tolist()) == set(v.reads.tolist()) == {1}
+    assert (w.left, v.left) == (1, 1)
+
+
+def test_outside_of_together():
+    w = Counted()
+    x = torch.randn(1, 7, 64)
+    torch.testing.assert_close(w.matrix.times(x), x @ w.values.T, rtol=1e-5, atol=1e-5)
+
+
+def test_those_behind_catch_up():
+    """The matrix that comes first in its layer goes first, whoever asks for it."""
+    w, v = Counted("w"), Counted("v", order=1)
+    x = torch.randn(2, 64)
+    together([lambda: v.matrix.times(x), lambda: [w.matrix.times(x), v.matrix.times(x)]])
+    assert set(w.reads.tolist()) == set(v.reads.tolist()) == {1}
+
+
+def test_watch_sees_both_sides_of_every_row():
+    a, b = Counted(), Counted(side="oracle", order=0)
+    seen = torch.zeros(1000)
+    lock = threading.Lock()
+
+    def watch(name, start, model, oracle):
+        with lock:
+            seen[start : start + len(model)] += 1
+        torch.testing.assert_close(model, oracle)
+
+    x = torch.randn(2, 64)
+    together([lambda: b.matrix.times(x), lambda: a.matrix.times(x)], watch)
+    assert set(seen.tolist()) == {1}
+
+
+def test_waiting_for_one_another():
+    w = Counted()
+    done = []
+
+    def first():
+        w.matrix.times(torch.randn(1, 64))
+        done.append("first")
+
+    def second():
+        until(lambda: bool(done))
+        done.append("second")
+
+    together([second, first])
+    assert done == ["first", "second"]
+
+
+def test_waiting_for_what_never_comes():
+    with pytest.raises(RuntimeError, match="not to come"):
+        together([lambda: until(lambda: False), lambda: None])
+
+
+def test_an_error_ends_all():
+    w = Counted()
+    ended = []
+
+    def waits():
+        try:
+            w.matrix.times(torch.randn(1, 64))
+        finally:
+            ended.append(True)
+
+    def fails():
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        together([waits, fails])
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_in_a_thread(threads):
+    def fails(item):
+        if item == 3:
+            raise ValueError("broken")
+
+    with compute_threads(threads), pytest.raises(ValueError, match="broken"):
+        in_threads(fails, range(10))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_runs_are_held_runs(family, monkeypatch):
+    """Everything that a run measures, with every matrix in pieces and with none."""
+    found = []
+    for whole in (1 << 22, 0):
+        monkeypatch.setattr(weights, "WHOLE", whole)
+        pair = fixture_pair(family)
+        engine = BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
+        found.append(
+            measure_pair(pair, engine, [Prompt(text="", tokens=TOKENS)], pair.graph.points,
+                         PROFILES["float32"])
+        )  # fmt: skip
+    held, streamed = found
+    assert [t.passed for t in streamed.self_tests] == [True] * len(held.self_tests)
+    for a, b in zip(held.errors, streamed.errors, strict=True):
+        assert a.point == b.point
+        assert abs(a.total.rel_l2 - b.total.rel_l2) < 1e-6
+        assert b.local.rel_l2 < 1e-6
+        assert b.worst is None or b.worst.excess < 0.5
+    for c, d in zip(held.tensors, streamed.tensors, strict=True):
+        assert (c.name, c.reason) == (d.name, d.reason) == (c.name, "")
+        assert c.rel_l2 == pytest.approx(d.rel_l2, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_oracle_is_the_held_one_but_for_rounding(family, monkeypatch):
+    runs = []
+    for whole in (1 << 22, 0):
+        monkeypatch.setattr(weights, "WHOLE", whole)
+        pair = fixture_pair(family)
+        runs.append(list(TransformersRunner(pair.config, pair.oracle_weights).layers(TOKENS)))
+    for held, streamed in zip(*runs, strict=True):
+        assert held.stages.keys() == streamed.stages.keys()
+        for name, value in held.stages.items():
+            error = (streamed.stages[name] - value).norm() / value.norm()
+            assert error < 1e-6, (held.layer, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fault_in_a_streamed_run(family, monkeypatch):
+    """An engine of one's own goes first; its fault is found where it is."""
+    monkeypatch.setattr(weights, "WHOLE", 0)
+    pair = fixture_pair(family)
+    faults = {(2, "ffn_up"): lambda value, w: value * np.float32(1.001)}
+    engine = NumpyEngine(pair.model_weights, pair.model_facts, pair.architecture, faults)
+    found = measure_pair(pair, checked(pair, engine), [Prompt(text="", tokens=TOKENS)], pair.graph.points,
+                         PROFILES["float32"])  # fmt: skip
+    wrong = [str(e.point) for e in found.errors if e.worst is not None and e.worst.excess > 1]
+    assert wrong == ["L02-ffn_up"]
