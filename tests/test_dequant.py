@@ -40,6 +40,12 @@ def test_random_bytes(kind):
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
+def test_a_single_block(kind):
+    """As when one row of a narrow matrix is read; a slice of it counts as contiguous."""
+    assert all(same_bits(kind, random_blocks(kind, 1, seed)) for seed in range(20))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_every_byte_everywhere(kind):
     """Each byte of a block takes each of its 256 values, among random and among zero bytes."""
     for around in (random_blocks(kind, 1, seed=2), random_blocks(kind, 1, seed=2) * 0):

@@ -184,7 +184,9 @@ def test_a_fault_in_a_streamed_run(family, monkeypatch):
     pair = fixture_pair(family)
     faults = {(2, "ffn_up"): lambda value, w: value * np.float32(1.001)}
     engine = NumpyEngine(pair.model_weights, pair.model_facts, pair.architecture, faults)
-    found = measure_pair(pair, checked(pair, engine), [Prompt(text="", tokens=TOKENS)], pair.graph.points,
-                         PROFILES["float32"])  # fmt: skip
+    prompt = Prompt(text="", tokens=TOKENS)
+    found = measure_pair(
+        pair, checked(pair, engine), [prompt], pair.graph.points, PROFILES["float32"]
+    )
     wrong = [str(e.point) for e in found.errors if e.worst is not None and e.worst.excess > 1]
     assert wrong == ["L02-ffn_up"]

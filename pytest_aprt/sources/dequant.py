@@ -27,12 +27,13 @@ _SPREAD_BITS = _SPREAD.contiguous().view(torch.int64).view(-1)
 
 def _halves(blocks: Tensor) -> Tensor:
     """Return one float16 per block, widened: (n, 1)."""
-    return blocks.contiguous().view(torch.float16).float()
+    return blocks.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _words(blocks: Tensor) -> Tensor:
     """Return (n, bytes) as 64-bit integers: (n, bytes / 8)."""
-    return blocks.contiguous().view(torch.int64)
+    # a copy: one row of a larger block counts as contiguous, and begins at any address
+    return blocks.clone(memory_format=torch.contiguous_format).view(torch.int64)
 
 
 def _nibbles(words: Tensor, groups: int) -> Tensor:
