@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -67,9 +69,8 @@ def main() -> None:
 
         row = [kind, rate(theirs)]
         halves = raw.split(-(-len(raw) // 2))
-        for piece in PIECES:
-            row.append(rate(lambda p=piece: ours(raw, p)))
-            row.append(rate(lambda p=piece: list(pool.map(lambda half: ours(half, p), halves))))
+        for piece, parts in product(PIECES, [(raw,), halves]):
+            row.append(rate(lambda p=piece, s=parts: list(pool.map(partial(ours, piece=p), s))))
         rows.append([*row, max(row[2:]) / row[1]])
     heads = [f"{p >> 10}K x {t}" for p in PIECES for t in (1, 2)]
     print(tabulate(rows, ["type", "gguf-py", *heads, "best ratio"], floatfmt=".1f"))
