@@ -31,8 +31,7 @@ class DumpRunner:
 
     def __init__(self, folders: Sequence[DumpFolder], source: str) -> None:
         self._folders, self._source = folders, source
-        first = folders[0].manifest or {}
-        declared = first.get("arithmetic")
+        declared = self.recorded("arithmetic")
         self.arithmetic: str | None = None if declared in (None, "auto") else str(declared)
 
     @classmethod
@@ -60,6 +59,16 @@ class DumpRunner:
             for folder in self._folders
             if folder.manifest is not None
         ]
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The content of the oracle's config.json, as the manifest of its dump records it."""
+        found = self.recorded("config")
+        return found if isinstance(found, dict) else None
+
+    def recorded(self, field: str) -> Any:
+        """Return what the manifest says besides tokens and files; None without it."""
+        return (self._folders[0].manifest or {}).get(field)
 
     @property
     def has_manifest(self) -> bool:

@@ -18,16 +18,20 @@ from pytest_aprt.architectures import EMBEDDING
 from pytest_aprt.capture import CheckedEngine, LayerStages
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.stages import STAGES, point_id
-from pytest_aprt.weights import row_chunks
+from pytest_aprt.weights import WeightSource, row_chunks
 
 if TYPE_CHECKING:
     from pytest_aprt.dump import DumpRunner
     from pytest_aprt.measure import PointErrors
     from pytest_aprt.pair import Pair
+    from pytest_aprt.sides import Sides
 
 SAME_ROW = 0.9999
 """Cosine above which a row is a token's: storage in bfloat16 leaves 1 - 1e-5, and two tokens of a
 trained vocabulary are far apart."""
+
+SAME_ROW_OF_OTHER = 0.9
+"""The same, where the rows at hand are those of the other side's weights: 2 bits leave 0.95."""
 
 CLOSE, BETTER = 0.02, 0.1
 """A reading of a capture is believed if it leaves at most 2 %, and a tenth of what the plain one
@@ -38,11 +42,28 @@ SAME_SIDE, QUANTISED = 1e-5, 1e-3
 
 
 class CheckedDump(CheckedEngine):
-    """A dump without manifest behind the checks that say what it holds."""
+    """A dump without manifest behind the checks that say what it holds.
 
-    def __init__(self, dump: DumpRunner, pair: Pair, name: str) -> None:
+    Args:
+        dump: the dump.
+        pair: both sides; where the weights behind the dump are known, more can be told.
+        name: what to call it in messages.
+        of_model: whether the dump is the model's, else the oracle's.
+    """
+
+    def __init__(
+        self, dump: DumpRunner, pair: Pair | Sides, name: str, *, of_model: bool = True
+    ) -> None:
         super().__init__(dump, pair.graph, pair.oracle_facts, name)
-        self._pair = pair
+        self._architecture = pair.architecture
+        own: WeightSource | None = None
+        other: WeightSource | None = None
+        if pair.gguf is not None:
+            own, other = (pair.model_weights, None) if of_model else (None, pair.model_weights)
+        elif pair.oracle is not None:
+            other = pair.oracle_weights
+        self._weights, self._vocabulary = own, own or other
+        self._same_row = SAME_ROW if own else SAME_ROW_OF_OTHER
 
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
         """Yield every layer once and in order.
@@ -54,7 +75,8 @@ class CheckedDump(CheckedEngine):
             if captured.layer == 0:
                 if "embedding" in captured.stages:
                     self._check_tokens(captured.stages["embedding"], tokens)
-                self._check_bias(captured.stages)
+                if self._weights is not None:
+                    self._check_bias(captured.stages, self._weights)
             yield captured
 
     def _checked(
@@ -74,9 +96,11 @@ class CheckedDump(CheckedEngine):
         return super()._checked(layer, stages, tokens)
 
     def _check_tokens(self, rows: Tensor, tokens: Sequence[int]) -> None:
-        right = self._pair.model_weights.rows(EMBEDDING, tokens)
-        wrong = [int(i) for i in (_cosine(rows, right) < SAME_ROW).nonzero()]
-        found = self._tokens_of(rows[wrong])
+        if self._vocabulary is None:
+            return
+        right = self._vocabulary.rows(EMBEDDING, tokens)
+        wrong = [int(i) for i in (_cosine(rows, right) < self._same_row).nonzero()]
+        found = self._tokens_of(rows[wrong], self._vocabulary)
         other = [(place, token) for place, token in zip(wrong, found, strict=True) if token >= 0]
         if other:
             place, token = other[0]
@@ -87,21 +111,21 @@ class CheckedDump(CheckedEngine):
                 test="tokens",
             )
 
-    def _tokens_of(self, rows: Tensor) -> list[int]:
+    def _tokens_of(self, rows: Tensor, weights: WeightSource) -> list[int]:
         """Return the token whose embedding each row is, -1 where it is none's."""
-        best, token = torch.full((len(rows),), SAME_ROW), torch.full((len(rows),), -1)
+        best, token = torch.full((len(rows),), self._same_row), torch.full((len(rows),), -1)
         if len(rows):
             for chunk in row_chunks(self._facts.vocab):
-                vocabulary = _unit(self._pair.model_weights.rows(EMBEDDING, chunk))
+                vocabulary = _unit(weights.rows(EMBEDDING, chunk))
                 cosine, place = (_unit(rows) @ vocabulary.T).max(dim=1)
                 token = torch.where(cosine > best, place + chunk.start, token)
                 best = torch.maximum(cosine, best)
         return [int(t) for t in token]
 
-    def _check_bias(self, stages: Mapping[str, Tensor]) -> None:
-        if not self._pair.architecture.qkv_bias:
+    def _check_bias(self, stages: Mapping[str, Tensor], source: WeightSource) -> None:
+        if not self._architecture.qkv_bias:
             return
-        weights = self._pair.model_weights.layer(0)
+        weights = source.layer(0)
         bias = torch.cat([weights[name] for name in STAGES["qkv_bias"].tensors])
         if {"attn_norm", "qkv_matmul"} <= stages.keys():
             matrix = torch.cat([weights[name] for name in STAGES["qkv_matmul"].tensors])
@@ -118,7 +142,7 @@ class CheckedDump(CheckedEngine):
     def _lengths(self, keys: Tensor) -> Tensor:
         """Return the length of every pair of channels, which no rotation changes: (T, g, D/2)."""
         heads = keys.reshape(len(keys), -1, self._facts.head_dim)
-        if self._pair.architecture.rotated_pairs == "half":
+        if self._architecture.rotated_pairs == "half":
             first, second = heads.chunk(2, dim=-1)
         else:
             first, second = heads[..., ::2], heads[..., 1::2]

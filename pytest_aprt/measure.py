@@ -58,6 +58,7 @@ class PointErrors:
     ``arithmetic``, else of the first, the exact one. ``bracket`` names the missing stages that
     the replay had to bridge: an error of this point was born in one of them or here.
     ``born_non_finite`` counts NaN and Inf that appear although every parent is wholly finite.
+    ``only_total`` says why nothing but `total` could be measured, where that is so.
     """
 
     point: Point
@@ -73,6 +74,7 @@ class PointErrors:
     readings: tuple[Reading, ...] = ()
     born_non_finite: int = 0
     bracket: tuple[Point, ...] = ()
+    only_total: str = ""
 
 
 @dataclass(kw_only=True)
@@ -150,7 +152,7 @@ def measure_pair(
     lanes_at_once = (
         [list(enumerate(prompts))] if shares_layers else [[p] for p in enumerate(prompts)]
     )
-    checks = selftest.Checks(pair)
+    checks = selftest.Checks(pair.oracle_facts.vocab)
     wanted = frozenset(points)
     total = (pair.graph.n_layers + 1) * len(lanes_at_once)
     done = 0

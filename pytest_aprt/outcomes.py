@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytest_aprt.report import Report
 
 GATE = "gate"
+_UNKNOWN = "not judged: it needs the model's GGUF and the oracle's Hugging Face folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,18 @@ class Outcome:
     properties: dict[str, Any] = field(default_factory=dict)
 
 
-def test_names(headers: Headers, points: Iterable[Point], decode_steps: int) -> list[str]:
-    """Return the names of all tests in the order of the ladder, from headers alone."""
+def test_names(headers: Headers | None, points: Iterable[Point], decode_steps: int) -> list[str]:
+    """Return the names of all tests in the order of the ladder, from headers alone.
+
+    Args:
+        headers: of model and oracle; None where `total` alone is measured.
+        points: to judge.
+        decode_steps: how many steps are decoded.
+    """
     names = [f"selftest-{name}" for name in SELF_TESTS]
     names += [f"tokens-{name}" for name in TOKENS]
     names += [f"config-{name}" for name in FACTS]
-    names += [f"weights-{name}" for name in _tensor_names(headers)]
+    names += [f"weights-{name}" for name in _tensor_names(headers)] if headers else []
     names += [str(point) for point in points]
     names += [f"logits-{name}" for name in LOGITS]
     names += [f"decode-{name}" for name in decode_names(decode_steps)]
@@ -91,7 +98,9 @@ def _gate(report: Report) -> Outcome:
 
 
 def _self_test(report: Report, name: str) -> Outcome:
-    test = next(t for t in report["self_test"] if t["name"] == name)
+    test = next((t for t in report["self_test"] if t["name"] == name), None)
+    if test is None:
+        return Outcome(outcome="skipped", text=f"self-test {name}: {_UNKNOWN}")
     return Outcome(
         outcome="passed" if test["passed"] else "failed",
         text=f"self-test {name}: {test['detail']}",
@@ -99,7 +108,9 @@ def _self_test(report: Report, name: str) -> Outcome:
 
 
 def _config(report: Report, name: str) -> Outcome:
-    fact = next(f for f in report["ladder"]["config"] if f["name"] == name)
+    fact = next((f for f in report["ladder"]["config"] if f["name"] == name), None)
+    if fact is None:
+        return Outcome(outcome="skipped", text=f"config {name}: {_UNKNOWN}")
     text = (
         f"config {name}: {fact['model']} in the model ({fact['key']}), {fact['oracle']} in the "
         f"oracle ({fact['config']})"

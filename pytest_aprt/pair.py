@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +108,22 @@ def read_config(folder: HfFolder) -> Any:
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise SourceError(
             f"{folder.path}/config.json: transformers does not accept it ({error})"
+        ) from error
+
+
+def config_of(content: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration, given the content of a config.json.
+
+    Raises:
+        SourceError: transformers does not accept it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"the config in the oracle's manifest.json: transformers does not accept it ({error})"
         ) from error
 
 

@@ -7,9 +7,10 @@ import platform
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
@@ -32,7 +33,11 @@ from pytest_aprt.rungs.path import path_rows
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
+from pytest_aprt.sources.gguf import GgufFile
 from pytest_aprt.verdict import Threshold, conclude
+
+if TYPE_CHECKING:
+    from pytest_aprt.sides import Sides
 
 _VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safetensors", "gguf")
 
@@ -56,7 +61,7 @@ def run(
     Raises:
         AprtError: the input cannot be run.
     """
-    started, clock = datetime.now(timezone.utc), time.monotonic()
+    told = facts_of_run(settings)
     pair = open_pair(headers)
     prompts = prompts_of(settings, pair)
     engine, name = engine_of(pair, settings, user_engine)
@@ -70,10 +75,7 @@ def run(
         measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)
-    thresholds = {
-        stage: Threshold(cosine=cosine, source=source)
-        for stage, (cosine, source) in settings.thresholds.items()
-    }
+    thresholds = thresholds_of(settings)
     finals = measurement.finals
     rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
     with compute_threads(settings.threads):
@@ -88,16 +90,7 @@ def run(
     for rung in ("logits", "decode") if causes else ():
         rungs[rung] = following(rungs[rung], causes[0])
     return report.build(
-        run={
-            "id": uuid.uuid4().hex,
-            "started_utc": started.isoformat(timespec="seconds"),
-            "wall_s": round(time.monotonic() - clock, 3),
-            "peak_rss_bytes": peak_rss(),
-            "command": settings.command,
-            "host": _host(),
-            "versions": _versions(),
-            "prompts": [report.prompt_json(prompt) for prompt in prompts],
-        },
+        run=told(prompts),
         model={
             "source": settings.model,
             "kind": settings.model_kind,
@@ -105,7 +98,7 @@ def run(
             "arithmetic": in_words(measurement.arithmetics),
             "profile": profile.name,
             "architecture": pair.architecture.name,
-            "quantisation": dict(Counter(t.type for t in pair.gguf.tensors.values()).most_common()),
+            "quantisation": quantisation_of(pair.gguf),
             "sha256": pair.gguf.sha256(),
         },
         oracle={
@@ -118,15 +111,47 @@ def run(
         facts=facts,
         rungs=rungs,
         verdict=verdict,
-        notes=_notes(prompts),
+        notes=notes_on(prompts),
         graph=pair.graph,
     )
 
 
-def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
+def facts_of_run(settings: Settings) -> Callable[[Sequence[Prompt]], report.RunJson]:
+    """Start the clock, and return what tells of the run once it is over."""
+    started, clock = datetime.now(timezone.utc), time.monotonic()
+
+    def told(prompts: Sequence[Prompt]) -> report.RunJson:
+        return {
+            "id": uuid.uuid4().hex,
+            "started_utc": started.isoformat(timespec="seconds"),
+            "wall_s": round(time.monotonic() - clock, 3),
+            "peak_rss_bytes": peak_rss(),
+            "command": settings.command,
+            "host": _host(),
+            "versions": _versions(),
+            "prompts": [report.prompt_json(prompt) for prompt in prompts],
+        }
+
+    return told
+
+
+def thresholds_of(settings: Settings) -> dict[str, Threshold]:
+    """Return every stage's threshold."""
+    return {
+        stage: Threshold(cosine=cosine, source=source)
+        for stage, (cosine, source) in settings.thresholds.items()
+    }
+
+
+def quantisation_of(gguf: GgufFile) -> dict[str, int]:
+    """Return how many tensors are of each type, the most frequent first."""
+    return dict(Counter(t.type for t in gguf.tensors.values()).most_common())
+
+
+def prompts_of(settings: Settings, pair: Pair | Sides) -> list[Prompt]:
     """Return the prompts as the oracle's tokenizer splits them, or the ids that were given.
 
-    Where none was asked for, they are those of a dump's manifest.
+    Where none was asked for, they are those of a dump's manifest, the model's before the oracle's.
 
     Raises:
         SettingsError: a prompt without tokens, or an id outside the vocabulary.
@@ -135,7 +160,8 @@ def prompts_of(settings: Settings, pair: Pair) -> list[Prompt]:
     prompts = [Prompt(text="", tokens=tokens) for tokens in settings.tokens]
     texts = [Cut(text) for text in settings.prompts]
     if not (prompts or texts or settings.prompt_sets):
-        dumped = DumpRunner.open(settings.model).prompts  # others have a default
+        dumps = (DumpRunner.open(source).prompts for source in settings.dumps)
+        dumped = next(filter(None, dumps), ())  # where there is no dump, there is a default
         prompts = [Prompt(text=text, tokens=tokens) for text, tokens in dumped]
         texts = [] if prompts else [Cut(DEFAULT_PROMPT)]
     texts += [cut for name in settings.prompt_sets for cut in PROMPT_SETS[name]]
@@ -161,7 +187,9 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
     return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
 
 
-def engine_of(pair: Pair, settings: Settings, user_engine: Any | None) -> tuple[Engine, str]:
+def engine_of(
+    pair: Pair | Sides, settings: Settings, user_engine: Any | None
+) -> tuple[Engine, str]:
     """Return what runs the model under test, and its name."""
     if user_engine is not None:
         name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
@@ -179,7 +207,12 @@ def _recorded(pair: Pair, engine: str, profile: Profile) -> Fields:
     hashes = {"model_sha256": pair.gguf.sha256(), "oracle_sha256": pair.oracle.sha256()}
     return {
         "model": {**hashes, "engine": engine, "arithmetic": profile.name},
-        "oracle": {**hashes, "engine": "transformers", "arithmetic": "float32"},
+        "oracle": {
+            **hashes,
+            "engine": "transformers",
+            "arithmetic": "float32",
+            "config": pair.oracle.config,
+        },
     }
 
 
@@ -191,7 +224,8 @@ def _profile(settings: Settings, engine: Engine) -> Profile:
     return profile_named(settings.arithmetic)
 
 
-def _notes(prompts: list[Prompt]) -> list[str]:
+def notes_on(prompts: Sequence[Prompt]) -> list[str]:
+    """Return what a reader must know of the prompts."""
     if all(len(prompt.tokens) == 1 for prompt in prompts):
         return [
             "every prompt is a single token: position 0 is blind to RoPE, masks and most attention "

@@ -29,14 +29,15 @@ class Settings:
     """The validated settings of one run.
 
     ``thresholds`` gives each stage its cosine and where that was set. ``weights`` is the GGUF
-    behind the model, which is the model itself where that is a GGUF. A dump may know its own
-    prompts, so none may be asked for.
+    behind the model, which is the model itself where that is a GGUF; None where a dump's is not
+    known. A dump may know its own prompts, so none may be asked for.
     """
 
     model: str
     model_kind: Literal["gguf", "dump", "python"]
     oracle: str
-    weights: str
+    oracle_kind: Literal["huggingface", "dump"]
+    weights: str | None
     engine: str
     prompts: tuple[str, ...]
     prompt_sets: tuple[str, ...]
@@ -52,6 +53,20 @@ class Settings:
     report: Path | None
     baseline: Path | None
     command: str
+
+    @property
+    def only_total(self) -> bool:
+        """Whether `total` is all that can be measured: no shadow and no replay can be made."""
+        return self.weights is None or self.oracle_kind == "dump"
+
+    @property
+    def dumps(self) -> tuple[str, ...]:
+        """The sides that are dump folders, the model's first."""
+        return tuple(
+            source
+            for source, kind in ((self.model, self.model_kind), (self.oracle, self.oracle_kind))
+            if kind == "dump"
+        )
 
     def points(self, graph: StageGraph) -> list[Point]:
         """Return the points to judge, in computation order.
@@ -94,10 +109,11 @@ def read_settings(get: Get, *, command: str) -> Settings:
             "model was made from"
         )
     kind = _kind(model)
+    oracle_kind: Literal["huggingface", "dump"] = "dump" if is_dump(oracle) else "huggingface"
     weights = get("aprt_weights") or (model if kind == "gguf" else None)
-    if not weights:
+    if not weights and kind == "python":
         raise SettingsError(
-            f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it ran on"
+            f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it runs on"
         )
     asked, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
     sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
@@ -109,9 +125,12 @@ def read_settings(get: Get, *, command: str) -> Settings:
         model=model,
         model_kind=kind,
         oracle=oracle,
+        oracle_kind=oracle_kind,
         weights=weights,
         engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
-        prompts=asked if asked or tokens or sets or kind == "dump" else (DEFAULT_PROMPT,),
+        prompts=asked
+        if asked or tokens or sets or "dump" in (kind, oracle_kind)
+        else (DEFAULT_PROMPT,),
         prompt_sets=tuple(_one_of("--aprt-prompt-set", name, PROMPT_SET_NAMES) for name in sets),
         tokens=tuple(token_ids("--aprt-tokens", text) for text in tokens),
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
@@ -144,6 +163,25 @@ def _kind(model: str) -> Literal["gguf", "dump", "python"]:
         f"--aprt-model={model}: no such file or folder; expected a GGUF file, a folder of APRT "
         "dumps, or python:module:factory"
     )
+
+
+def is_dump(source: str) -> bool:
+    """Return whether a folder is one of APRT dumps: no Hugging Face model, and with stages."""
+    folder = Path(source)
+    try:
+        if not folder.is_dir() or (folder / "config.json").exists():
+            return False
+        names = [entry.name for entry in folder.iterdir()]
+    except (OSError, ValueError):
+        return False
+    stages = {f"{name}.bin" for name in STAGES}
+    return any(
+        re.match(r"(layer|prompt)-\d", name) or name.lower() in stages or name in _OF_A_DUMP
+        for name in names
+    )
+
+
+_OF_A_DUMP = ("manifest.json", "INCOMPLETE")
 
 
 def _one_of(flag: str, value: str, valid: Sequence[str]) -> str:

@@ -31,3 +31,6 @@ SELF_TESTS = {
     "replay": "the replay reproduces transformers' own stages",
     "canary": "one changed value in the model's capture is found, and where it is",
 }
+OF_TOTALS = ("tokens", "capture", "layers", "canary")
+OF_LIVE_ORACLE = ("repeat", "hooks")
+"""The self-tests of a run in which `total` alone is measured, and those that run the oracle."""

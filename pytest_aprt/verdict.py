@@ -122,11 +122,12 @@ def conclude(
     origins = [judged for judged in points if judged.status == "diverged"]
     failed = [test for test in measurement.self_tests if not test.passed]
     judged = [p for p in points if p.status not in ("missing", "inconclusive")]
+    left_open = [p for p in points if p.status == "inconclusive" and _is_by_total(p)]
     rung: str | None
     if failed:
         status, rung = "INCONCLUSIVE", "self-test"
         summary = f"the self-test {failed[0].name!r} failed: {failed[0].detail}"
-    elif not judged:
+    elif not judged and not left_open:
         status, rung = "INCONCLUSIVE", "stages"
         summary = "no point could be judged: " + (points[0].reason if points else "there is none")
     else:
@@ -139,6 +140,9 @@ def conclude(
         rung = next((name for name in LADDER if broken.get(name)), None)
         status = "DIVERGED" if rung else _quiet_status(judged)
         summary = _summary(rung, broken, judged, graph, by_point)
+        if rung is None and left_open:
+            status, rung = "INCONCLUSIVE", "stages"
+            summary = _open_in_words(left_open, judged)
     return Verdict(
         status=status, summary=f"{status}: {summary}", rung=rung, points=points, origins=origins
     )
@@ -165,7 +169,7 @@ def _judge_point(
     errors = prompts[worst]
     outcome = STATUSES[status]
     below = [e for e in prompts if e.total is not None and is_below(e.total, threshold.cosine)]
-    if strict and below and outcome in ("passed", "xfailed"):
+    if strict and below and outcome != "failed":
         outcome = "failed"
         errors = min(below, key=lambda e: e.total.cosine if e.total else math.inf)
         reason = f"--aprt-strict: total below its threshold; {reason}".rstrip("; ")
@@ -189,6 +193,8 @@ def _status(
         return "missing", "the model's side does not expose this stage", None
     explains_engine, explains_total = causes.behind(e.point, graph)
     born_here = _is_origin(e)
+    if e.only_total and not born_here:
+        return _by_total_alone(e, explains_engine, threshold)
     if e.worst is None and not born_here and not (e.engine and e.engine.non_finite_a):
         return "inconclusive", "no row is finite on both sides", None
     if born_here and e.point.stage not in causes.facts:
@@ -204,6 +210,34 @@ def _status(
             return "inherited", f"follows from {explains_total[0]}", explains_total[0]
         return "noise", "the quantised weights explain it", None
     return "pass", "", None
+
+
+def _by_total_alone(
+    e: PointErrors, causes: Sequence[str], threshold: Threshold
+) -> tuple[str, str, str | None]:
+    """Return status, reason and what it follows from, where there is neither shadow nor replay."""
+    if e.total is None:
+        return "inconclusive", "the oracle's side does not expose this stage", None
+    if not e.total.compared and not (causes and e.total.non_finite_a > e.total.non_finite_b):
+        return "inconclusive", "no row is finite on both sides", None
+    if agrees(e.total, threshold.cosine):
+        return "pass", "", None
+    if causes:
+        return "inherited", f"follows from {causes[0]}", causes[0]
+    return "inconclusive", f"total is below its threshold; {e.only_total}", None
+
+
+def agrees(total: Metrics, cosine: float) -> bool:
+    """Return whether `total` alone shows that two stages agree.
+
+    A cosine is blind to length, and whole tensors are blind beside one large token: the distance
+    may be no larger than two vectors of one length have at that cosine, of every token.
+    """
+    if is_below(total, cosine):
+        return False
+    farthest = math.sqrt(max(2 - 2 * cosine, 0.0))
+    worst = total.worst_token[1] if total.worst_token else total.rel_l2
+    return not total.rel_l2 > farthest and not worst > farthest
 
 
 def _is_origin(e: PointErrors) -> bool:
@@ -256,12 +290,31 @@ def _summary(
     lowest = min(judged, key=_total_cosine)
     cosine, where = _total_cosine(lowest), lowest.point
     if _quiet_status(judged) == "PARITY":
-        return f"all {len(judged)} points agree (lowest cosine {cosine:.6f} at {where})"
+        alone = " on total alone" if any(_is_by_total(p) for p in judged) else ""
+        return f"all {len(judged)} points agree{alone} (lowest cosine {cosine:.6f} at {where})"
     counts = {s: sum(p.status == s for p in judged) for s in ("noise", "drift")}
     return (
         "no stage adds error of its own; the weights explain the distance "
         f"(lowest cosine {cosine:.4f} at {where}; {counts['noise']} points in noise, "
         f"{counts['drift']} in drift)"
+    )
+
+
+def _is_by_total(judged: Judged) -> bool:
+    e = judged.errors
+    return e is not None and bool(e.only_total) and e.total is not None and e.total.compared > 0
+
+
+def _open_in_words(left_open: Sequence[Judged], judged: Sequence[Judged]) -> str:
+    first = left_open[0]
+    errors = first.errors
+    assert errors is not None and errors.total is not None
+    agree = len([p for p in judged if p.status == "pass"])
+    return (
+        f"total is beyond its threshold at {len(left_open)} of {len(left_open) + agree} points, "
+        f"first at {first.point} (cosine {errors.total.cosine:.4f}, rel_l2 "
+        f"{errors.total.rel_l2:.2g}, threshold {first.threshold.cosine:g}); {errors.only_total}, "
+        "so quantised weights and a fault cannot be told apart"
     )
 
 
@@ -281,8 +334,8 @@ def _first_origin(
     text = f"first at {first.point} ({size_of(first)}"
     good = previous_good(first, graph, by_point)
     if good is not None:
-        error = good.local.rel_l2 if good.local else math.nan
-        text += f"; {good.point} was {error:.0e}"
+        was = f"{good.local.rel_l2:.0e}" if good.local else "finite"
+        text += f"; {good.point} was {was}"
     text += ")"
     others = [str(o.point) for o in origins[1:]]
     if others:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_aprt.captures import Captures
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import ContractJson, Report
+    from pytest_aprt.sides import Sides
 
 NAME = "aprt_workbench"
 """The workbench's name in the plugin manager."""
@@ -60,7 +61,7 @@ class Workbench:
     def __init__(self, config: pytest.Config, names: list[str], points: list[Point]) -> None:
         self.config, self.points = config, points
         self._settings: Settings | None = None
-        self._headers: Headers | None = None
+        self._headers: Headers | Sides | None = None
         self._scratch = Scratch()
         self._folder: Path | None = None  # of a worker: where the controller's files lie
         self._kept = NEEDS[0]
@@ -90,17 +91,24 @@ class Workbench:
         cls, config: pytest.Config, option: Callable[[pytest.Config, str], Any]
     ) -> Workbench:
         """Validate the settings and open the files; raises AprtError where they cannot be run."""
-        from pytest_aprt.pair import open_headers
+        from pytest_aprt.pair import Headers, open_headers
+        from pytest_aprt.sides import open_sides
 
         command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         settings = read_settings(lambda key: option(config, key), command=command)
-        headers = open_headers(settings.weights, settings.oracle)
-        if settings.model_kind == "dump":
+        headers: Headers | Sides
+        if settings.weights is None or settings.only_total:
+            headers = open_sides(settings)
+        else:
+            headers = open_headers(settings.weights, settings.oracle)
+        if settings.dumps:
             from pytest_aprt.dump import DumpRunner
 
-            DumpRunner.open(settings.model)
+            for source in settings.dumps:
+                DumpRunner.open(source)
         points = settings.points(headers.graph)
-        workbench = cls(config, test_names(headers, points, settings.decode_steps), points)
+        whole = headers if isinstance(headers, Headers) else None
+        workbench = cls(config, test_names(whole, points, settings.decode_steps), points)
         workbench._settings, workbench._headers = settings, headers
         return workbench
 
@@ -173,12 +181,14 @@ class Workbench:
                 f"the engine under test called pytest.{type(error).__name__.lower()}: {error}"
             ) from error
 
-    def _run(self, headers: Headers, settings: Settings) -> None:
+    def _run(self, headers: Headers | Sides, settings: Settings) -> None:
         from pytest_aprt import report
         from pytest_aprt.baseline import compare
         from pytest_aprt.captures import CaptureWriter
         from pytest_aprt.render import files
         from pytest_aprt.run import run
+        from pytest_aprt.sides import Sides
+        from pytest_aprt.totals import run_totals
 
         if summary := _step_summary():
             files.add_step_summary(None, summary)
@@ -188,7 +198,10 @@ class Workbench:
         with ProgressLine(self.config, time.monotonic()) as progress:
             engine = user_engine(self.config, settings)
             earlier = None if settings.baseline is None else report.read(settings.baseline)
-            result = run(headers, settings, engine, progress, **keep)
+            if isinstance(headers, Sides):
+                result = run_totals(headers, settings, engine, progress, **keep)
+            else:
+                result = run(headers, settings, engine, progress, **keep)
             if earlier is not None and settings.baseline is not None:
                 result["baseline"] = compare(result, earlier, settings.baseline)
         if self.config.pluginmanager.hasplugin("dsession"):

@@ -166,11 +166,40 @@ def test_a_model_needs_an_oracle(read):
     assert "folder or hub id" in text
 
 
-@pytest.mark.parametrize("model", ["python:mine:make", "."])
-def test_a_model_without_weights_of_its_own_needs_some(read, model):
-    text = refusal(read, aprt_model=model)
-    assert f"--aprt-model={model} needs --aprt-weights" in text
+def test_an_engine_of_ones_own_needs_weights(read):
+    text = refusal(read, aprt_model="python:mine:make")
+    assert "--aprt-model=python:mine:make needs --aprt-weights" in text
     assert "GGUF" in text
+
+
+def test_of_a_dump_without_weights_total_alone_is_judged(read, tmp_path):
+    settings = read(aprt_model=str(tmp_path))
+    assert (settings.weights, settings.only_total, settings.prompts) == (None, True, ())
+    assert settings.dumps == (str(tmp_path),)
+    assert not read(aprt_model=str(tmp_path), aprt_weights="a.gguf").only_total
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["layer-0/embedding.bin"], "dump"),
+        (["lm_head.bin"], "dump"),
+        (["manifest.json", "INCOMPLETE"], "dump"),
+        (["prompt-0/manifest.json"], "dump"),
+        (["config.json", "pytorch_model.bin"], "huggingface"),
+        (["config.json", "layer-0/embedding.bin"], "huggingface"),
+        (["pytorch_model.bin"], "huggingface"),
+        ([], "huggingface"),
+    ],
+)
+def test_an_oracle_that_is_a_dump(read, tmp_path, files, kind):
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    settings = read(aprt_oracle=str(tmp_path))
+    assert settings.oracle_kind == kind
+    assert settings.only_total == (kind == "dump")
 
 
 # Wrong values

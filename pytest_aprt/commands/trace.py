@@ -174,7 +174,10 @@ def _open_hugging_face(source: str) -> _Model:
         facts=facts,
         graph=architecture.graph(facts.layers),
         tokenizer=folder.path,
-        fields=_fields("huggingface", folder.sha256(), architecture.name, "transformers"),
+        fields={
+            **_fields("huggingface", folder.sha256(), architecture.name, "transformers"),
+            "config": folder.config,
+        },
     )
 
 

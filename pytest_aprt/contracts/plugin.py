@@ -20,7 +20,7 @@ from pytest_aprt.contracts.bindings import ShellSettings, bind
 from pytest_aprt.contracts.contract import Contract, Falsifier, contracts_in, load
 from pytest_aprt.contracts.evaluate import Evaluated
 from pytest_aprt.contracts.items import EVALUATED, ContractFile
-from pytest_aprt.contracts.subject import OUTCOMES, Bench, Bound, Opened
+from pytest_aprt.contracts.subject import OUTCOMES, Bench, BlockedError, Bound, Opened
 from pytest_aprt.errors import AprtError, ContractError, SettingsError
 from pytest_aprt.sources._files import one_line
 
@@ -170,6 +170,9 @@ class ContractPlugin:
         from pytest_aprt.settings import read_settings
 
         settings = read_settings(lambda key: self._option(self.config, key), command="")
+        if settings.weights is None or settings.only_total:
+            raise BlockedError("the model cannot be run again: give --aprt-weights and an oracle "
+                               "that is no dump")  # fmt: skip
         pair = open_pair(open_headers(settings.weights, settings.oracle))
         engine, _ = engine_of(pair, settings, user_engine(self.config, settings))
         return Opened(pair, engine, prompts_of(settings, pair))

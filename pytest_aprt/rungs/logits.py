@@ -22,6 +22,7 @@ from pytest_aprt.weights import row_chunks
 if TYPE_CHECKING:
     from pytest_aprt.measure import Finals
     from pytest_aprt.pair import Pair
+    from pytest_aprt.sides import Sides
 
 NEAR_TIE = 0.06
 """Largest gap, relative to the reference's highest logit, at which a flip is put down to rounding.
@@ -183,6 +184,46 @@ def logit_rows(pair: Pair, finals: Sequence[Finals]) -> list[Row]:
     return rows
 
 
+def total_rows(sides: Sides, finals: Sequence[Finals]) -> list[Row]:
+    """Return the logits rung where there is no shadow: a flip may be the weights' or the engine's.
+
+    Args:
+        sides: whose tokenizer shows the highest tokens.
+        finals: both sides' whole-model stages.
+    """
+    last, every = LOGITS
+    head = unavailable([every], "without the model's weights there is no head to apply")
+    if not finals:
+        return unavailable(LOGITS, "the run ended before the head")
+    for side in ("model", "oracle"):
+        if any("lm_head" not in getattr(f, side) for f in finals):
+            return [*unavailable([last], f"the {side}'s side does not expose lm_head"), *head]
+    found = [_total_row(last, f, number, sides) for number, f in enumerate(finals)]
+    order = ("pass", "near-tie", "unavailable")
+    return [max(found, key=lambda row: order.index(row.status)), *head]
+
+
+def _total_row(name: str, finals: Finals, number: int, sides: Sides) -> Row:
+    logits = {s: getattr(finals, s)["lm_head"][None] for s in ("model", "oracle")}
+    summed = summarised([{**logits, "shadow": logits["oracle"]}])
+    total = summed.errors["total"]
+    figures: dict[str, Any] = {"prompt": number, "positions": 1, "total": total.figures()}
+    figures["top"] = {side: _top_shown(sides, summed.top[side]) for side in logits}
+    tokens, gap = [int(summed.favourites[s][0]) for s in logits], float(total.gap[0])
+    said = (
+        f"flip: token {tokens[0]} in the model, {tokens[1]} in the oracle; relative gap {gap:.2g}"
+    )
+    if not all(bool(torch.isfinite(t).all()) for t in logits.values()):
+        return Row(name=name, status="unavailable", reason="not all logits are finite")
+    if bool(total.same.all()):
+        return Row(name=name, status="pass", figures=figures)
+    if gap <= NEAR_TIE:
+        return Row(name=name, status="near-tie", reason=f"{said}: rounding decides",
+                   figures=figures)  # fmt: skip
+    reason = f"{said}; without a shadow, the weights or the engine may cause it"
+    return Row(name=name, status="unavailable", reason=reason, figures=figures)
+
+
 SEVERITY = ("pass", "noise", "near-tie", "broken")
 
 
@@ -228,15 +269,16 @@ def row_of(name: str, logits: Logits, number: int, pair: Pair) -> Row:
     figures: dict[str, Any] = {"prompt": number, "positions": len(logits.favourites["model"])}
     figures |= {error: found.figures() for error, found in logits.errors.items()}
     if figures["positions"] == 1:
-        figures["top"] = {
-            side: [{"id": token, "token": _shown(pair, token), "p": p} for token, p in top]
-            for side, top in logits.top.items()
-        }
+        figures["top"] = {side: _top_shown(pair, top) for side, top in logits.top.items()}
     status, reason = verdict_of(logits)
     return Row(name=name, status=status, reason=reason, figures=figures)
 
 
-def _shown(pair: Pair, token: int) -> str | None:
+def _top_shown(pair: Pair | Sides, top: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
+    return [{"id": token, "token": _shown(pair, token), "p": p} for token, p in top]
+
+
+def _shown(pair: Pair | Sides, token: int) -> str | None:
     """Return a token as text; as the vocabulary has it where it is a part of a character."""
     try:
         text = str(pair.tokenizer.decode([token]))

@@ -10,20 +10,9 @@ import sys
 import time
 
 import pytest
-from short_summary import summary
+from short_summary import one_line, summary
 
 TWO = [[], ["-n2"]]
-
-
-def one_line(result):
-    """The message of a usage error, having made sure that it is alone."""
-    assert result.ret == 4
-    text = [*result.outlines, *result.errlines]
-    assert not any("Traceback" in line or "INTERNALERROR" in line for line in text)
-    messages = [line for line in result.errlines if line.startswith("ERROR: ")]
-    assert len(messages) == 1
-    assert [line for line in result.errlines if line.strip()] == messages
-    return messages[0]
 
 
 @pytest.mark.parametrize("workers", TWO, ids=["alone", "-n2"])
