@@ -8,12 +8,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from pytest_aprt.arithmetic import EXACT, Arithmetic, Profile
+from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, Arithmetic, Profile
 from pytest_aprt.compare import View, non_finite
 from pytest_aprt.consensus import Tally
 from pytest_aprt.matrices import until
+from pytest_aprt.positions import READS_ALL, STRAYS, first_of, last
 from pytest_aprt.replay import (
     LINEAR,
     Context,
@@ -39,6 +41,9 @@ class BridgedReplay:
     What stands in for a missing stage is computed in the same arithmetic as the stage that is
     asked for. Where a layer's output is missing, it is carried into the next layer in every
     arithmetic that has explained a point so far.
+
+    Where the side captured the last position alone, ``first`` is that position, and the K and V
+    that attention reads of earlier positions are the shadow's (``stand_in``).
     """
 
     def __init__(
@@ -55,6 +60,9 @@ class BridgedReplay:
         self._bridges: dict[tuple[Point, str], Reference] = {}
         self._carried: tuple[Point, tuple[Point, ...]] | None = None
         self._prepared: dict[Point, Reference] = {}
+        self.first = 0
+        self._whole: dict[Point, Tensor] = {}  # of all positions, though others are not
+        self._stand_ins: Mapping[str, Tensor] = {}
 
     def enter(self, captured: LayerStages) -> Context:
         """Take in a layer's captured stages and return what its replay needs besides them."""
@@ -65,7 +73,12 @@ class BridgedReplay:
         self._carry(entry, () if layer == 0 else self._arithmetics_to_carry())
         if entry in self._values:
             values[entry] = self._values[entry]
-        self._values, self._prepared = values, {}
+        tokens = len(self._tokens)
+        self.first = self.first or first_of(captured.stages, tokens)
+        self._whole = {p: x for p, x in values.items() if self.first and len(x) == tokens}
+        self._values = {p: last(p.stage, x, tokens - self.first) for p, x in values.items()}
+        self._bridges = {k: self._cut(k[0], found) for k, found in self._bridges.items()}
+        self._prepared, self._stand_ins = {}, {}
         self._context = Context(
             facts=pair.oracle_facts,
             architecture=pair.architecture,
@@ -74,8 +87,25 @@ class BridgedReplay:
             source=pair.model_weights,
             tokens=self._tokens,
             types=pair.model_weights.types(layer),
+            first=self.first,
         )
         return self._context
+
+    def stand_in(self, shadow: Mapping[str, Tensor]) -> None:
+        """Take in the shadow's stages of the layer, all positions."""
+        self._stand_ins = shadow
+
+    def cut(self, stages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return another side's stages at the positions that were captured of this one."""
+        count = len(self._tokens) - self.first
+        return {name: last(name, tensor, count) for name, tensor in stages.items()}
+
+    def _cut(self, point: Point, found: Reference) -> Reference:
+        count = len(self._tokens) - self.first
+        doubt = None if found.doubt is None else last(point.stage, found.doubt, count)
+        return Reference(
+            last(point.stage, found.value, count), last(point.stage, found.response, count), doubt
+        )
 
     def _carry(self, entry: Point, arithmetics: Sequence[Arithmetic]) -> None:
         """Leave the last layer, keeping what stands in for its output where that is missing."""
@@ -101,7 +131,7 @@ class BridgedReplay:
         """
         if arithmetic == EXACT and point in self._prepared:
             return self._prepared[point]
-        inputs = [self._input(p, arithmetic) for p in self._pair.graph.parents(point)]
+        inputs = [self._read(point, p, arithmetic) for p in self._pair.graph.parents(point)]
         return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
 
     def take(self, stages: Mapping[str, Tensor]) -> None:
@@ -136,6 +166,40 @@ class BridgedReplay:
             return captured_input(self._values[point])
         return replayed_input(self._bridge(point, arithmetic), arithmetic.tolerance.base)
 
+    def _read(self, point: Point, parent: Point, arithmetic: Arithmetic) -> Input:
+        """Return what a point reads of a parent: of K and V all positions."""
+        found = self._input(parent, arithmetic)
+        if not self.first or parent != self._history_of(point):
+            return found
+        if parent in self._whole:
+            return captured_input(self._whole[parent])
+        shadow = self._stand_ins[parent.stage].double()
+        earlier, own = shadow[: self.first], shadow[self.first :]
+        channels = slice(None)
+        if point.stage == "attention":
+            channels = slice(sum(self._pair.oracle_facts.qkv_sizes[:2]), None)
+        apart = (found.value - own)[:, channels].norm() / own[:, channels].norm()
+        size = earlier[:, channels].square().mean(-1, keepdim=True).sqrt()
+        off = STRAYS * apart * torch.maximum(size, earlier.abs())
+        ulps = off * (FLOAT32_ULP / arithmetic.tolerance.base)
+        return Input(
+            torch.cat([earlier, found.value]),
+            torch.cat([torch.hypot(earlier.abs() * FLOAT32_ULP, ulps), found.move]),
+            torch.cat([off, torch.zeros_like(found.value) if found.off is None else found.off]),
+        )
+
+    def _history_of(self, point: Point) -> Point | None:
+        """Return the parent of which a point reads earlier positions than its own."""
+        read = {"K": "k_post_rope", "V": self._pair.graph.qkv}.get(READS_ALL.get(point.stage, ""))
+        return None if read is None else Point(point.layer, read)
+
+    def stood_in(self, point: Point) -> bool:
+        """Return whether the point's replay rests on another side's K or V."""
+        if not self.first:
+            return False
+        read = (self._history_of(p) for p in (*self._gap(point), point))
+        return any(p is not None and p not in self._whole for p in read)
+
     def _bridge(self, point: Point, arithmetic: Arithmetic) -> Reference:
         """Return what stands in for a point that was not captured."""
         key = (point, arithmetic.name)
@@ -162,5 +226,6 @@ class BridgedReplay:
         """Return whether everything that the point was computed from is finite."""
         return all(
             non_finite(self._input(p, EXACT).value, view_of(STAGES[p.stage])) == 0
+            and bool(torch.isfinite(self._whole.get(p, torch.zeros(()))).all())
             for p in self._pair.graph.parents(point)
         )

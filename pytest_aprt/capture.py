@@ -15,6 +15,7 @@ import torch
 
 from pytest_aprt.errors import AprtError, CaptureError, blame
 from pytest_aprt.facts import Facts
+from pytest_aprt.positions import token_axis
 from pytest_aprt.stages import STAGES, StageGraph, point_id
 
 
@@ -31,7 +32,8 @@ class Engine(Protocol):
     ``layers(tokens)`` yields ``(layer, {stage: array})`` in order, at last ``(None, {...})`` for
     ``final_norm`` and ``lm_head``. Arrays are whatever numpy or torch can read as float32, shaped
     as in STAGES, Q and K rows in Hugging Face order. Stages may be left out; they are then
-    reported as missing. An attribute ``arithmetic`` may declare the engine's profile.
+    reported as missing. A stage may hold the last position alone: 1 for the (first) T. An
+    attribute ``arithmetic`` may declare the engine's profile.
 
     Two further methods are optional; a rung of the ladder is unavailable without them.
 
@@ -137,6 +139,9 @@ class CheckedEngine:
                     f"{self._name}: {point_id(layer, name)} is no array of numbers ({error})"
                 ) from error
             shape = tuple(sizes[symbol] for symbol in known[name].shape)
+            axis = token_axis(name)
+            if axis is not None and tensor.numel() * tokens == math.prod(shape):
+                shape = (*shape[:axis], 1, *shape[axis + 1 :])  # of the last position alone
             if tensor.numel() != math.prod(shape):
                 raise CaptureError(
                     f"{self._name}: {point_id(layer, name)} has shape {tuple(tensor.shape)}, "

@@ -73,12 +73,14 @@ class Slice:
 class View:
     """How a stage's tensor is looked at: with heads as an axis, and only where it counts.
 
-    ``visible`` (T, T) bool says which keys each query may see; only those scores count.
+    ``visible`` (T, T) bool says which keys each query may see; only those scores count. ``first``
+    is the position of the first token that the tensor holds.
     """
 
     stage: Stage
     facts: Facts
     visible: Tensor | None = None
+    first: int = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the tensor in float64, shaped as the stage's axes."""
@@ -90,8 +92,12 @@ class View:
     def counted(self, shape: Sequence[int]) -> Tensor:
         """Return which elements of a view count at all: bool, of ``shape``."""
         if self.stage.kind == "scores" and self.visible is not None:
-            return self.visible.expand(*shape)
+            return self.visible[self.first :].expand(*shape)
         return torch.ones(*shape, dtype=torch.bool)
+
+    def place(self, axis: str | None, index: int) -> int:
+        """Return an index along an axis as the whole prompt counts it."""
+        return index + self.first if axis == "token" else index
 
     def parts(self) -> list[tuple[str, slice]]:
         """Return the channels of Q, K and V where the stage concatenates them."""
@@ -129,7 +135,7 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
     xx, yy, xy, dd = (float(v) for v in (x.square().sum(), y.square().sum(), (x * y).sum(),
                                           d.square().sum()))  # fmt: skip
     compared = int(used.sum())
-    largest = _top(x, y, d, view.stage, top) if compared else ()
+    largest = _top(x, y, d, view, top) if compared else ()
     nan = math.nan
     return Metrics(
         cosine=xy / math.sqrt(xx * yy) if xx and yy else nan,
@@ -144,7 +150,7 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
         else (math.inf if compared and not dd else nan),
         non_finite_a=int(bad_x.sum()),
         non_finite_b=int(bad_y.sum()),
-        worst_token=_worst_token(d, y, view.stage) if compared else None,
+        worst_token=_worst_token(d, y, view) if compared else None,
         compared=compared,
         top_diffs=largest,
         image=image_of(d, bad_x | bad_y, view.stage.axes) if pictured else None,
@@ -180,9 +186,9 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
         response=(r / FLOAT32_ULP).where(used, 0.0).square(),
         elements=used.double(),
     )
-    slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance)]
+    slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance, view)]
     for axis in view.stage.slices:
-        slices.append(_worst(axis, sums.over(_summed(axis, view)), tolerance))
+        slices.append(_worst(axis, sums.over(_summed(axis, view)), tolerance, view))
     return max(slices, key=lambda s: s.excess)
 
 
@@ -206,7 +212,7 @@ def _summed(axis: str, view: View) -> Callable[[Tensor], Tensor]:
     return lambda v: v.sum(dim=others) if others else v
 
 
-def _worst(axis: str, sums: _Squares, tolerance: Tolerance) -> Slice:
+def _worst(axis: str, sums: _Squares, tolerance: Tolerance, view: View) -> Slice:
     error, value, response, elements = sums
     bound = tolerance.base * (1 + tolerance.spread / elements.clamp(min=1.0).sqrt())
     floor = elements * (_SMALLEST_NORMAL / bound) ** 2
@@ -217,7 +223,7 @@ def _worst(axis: str, sums: _Squares, tolerance: Tolerance) -> Slice:
     norm = float(value[index].sqrt())
     return Slice(
         axis=axis,
-        index=None if axis == "all" else index,
+        index=None if axis == "all" else view.place(axis, index),
         rel_l2=_ratio(float(error[index].sqrt()), norm),
         tolerance=_ratio(float(bound[index] * scale[index]), norm),
         excess=float(excess[index]),
@@ -237,22 +243,25 @@ def _rows_with(bad: Tensor, ndim: int) -> Tensor:
     return bad.any(-1, keepdim=True).expand_as(bad)
 
 
-def _worst_token(d: Tensor, y: Tensor, stage: Stage) -> tuple[int, float] | None:
-    if "token" not in stage.axes:
+def _worst_token(d: Tensor, y: Tensor, view: View) -> tuple[int, float] | None:
+    if "token" not in view.stage.axes:
         return None
-    others = [i for i, name in enumerate(stage.axes) if name != "token"]
+    others = [i for i, name in enumerate(view.stage.axes) if name != "token"]
     error, norm = d.square().sum(dim=others).sqrt(), y.square().sum(dim=others).sqrt()
     ratio = torch.where(norm > 0, error / norm, torch.where(error > 0, torch.inf, 0.0))
     index = int(ratio.argmax())
-    return index, float(ratio[index])
+    return view.place("token", index), float(ratio[index])
 
 
-def _top(x: Tensor, y: Tensor, d: Tensor, stage: Stage, count: int) -> tuple[Difference, ...]:
+def _top(x: Tensor, y: Tensor, d: Tensor, view: View, count: int) -> tuple[Difference, ...]:
     values, flat = d.flatten().topk(min(count, d.numel()))
     places = torch.unravel_index(flat, d.shape)
     return tuple(
         Difference(
-            at={name: int(place[i]) for name, place in zip(stage.axes, places, strict=True)},
+            at={
+                name: view.place(name, int(place[i]))
+                for name, place in zip(view.stage.axes, places, strict=True)
+            },
             a=float(x.flatten()[flat[i]]),
             b=float(y.flatten()[flat[i]]),
         )

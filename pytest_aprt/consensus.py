@@ -98,9 +98,22 @@ def settled(
 ) -> list[PointErrors]:
     """Return the errors, each read in the arithmetic of its group.
 
-    A point that only another arithmetic explains keeps its exact reading, so it is an origin.
+    A point that only another arithmetic explains keeps its exact reading, so it is an origin. But
+    one whose replay rests on a stand-in has no part in the vote: what rounding does to it is lost
+    in the stand-in's distance at some of the layers, and not at others.
     """
-    return [_read(e, arithmetics.get(group_of(e.point, e.bracket), EXACT)) for e in errors]
+    return [
+        _nearest(e)
+        if e.stood_in
+        else _read(e, arithmetics.get(group_of(e.point, e.bracket), EXACT))
+        for e in errors
+    ]
+
+
+def _nearest(e: PointErrors) -> PointErrors:
+    explaining = [reading for reading in e.readings if reading.explains]
+    best = min(explaining, key=lambda reading: reading.local.rel_l2, default=None)
+    return e if best is None else _read(e, best.arithmetic)
 
 
 def _read(e: PointErrors, arithmetic: Arithmetic) -> PointErrors:

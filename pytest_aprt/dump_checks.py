@@ -88,7 +88,7 @@ class CheckedDump(CheckedEngine):
             if symbols[:1] != ("T",):
                 continue
             rows, rest = divmod(np.size(value), math.prod(sizes[s] for s in symbols[1:]))
-            if not rest and rows != tokens:
+            if not rest and rows not in (1, tokens):
                 raise CaptureError(
                     f"{self._name}: {point_id(layer, name)} holds {rows} rows, the prompt has "
                     f"{tokens} tokens: {_rows_in_words(rows, tokens)}"
@@ -98,6 +98,7 @@ class CheckedDump(CheckedEngine):
     def _check_tokens(self, rows: Tensor, tokens: Sequence[int]) -> None:
         if self._vocabulary is None:
             return
+        first, tokens = len(tokens) - len(rows), tokens[-len(rows) :]
         right = self._vocabulary.rows(EMBEDDING, tokens)
         wrong = [int(i) for i in (_cosine(rows, right) < self._same_row).nonzero()]
         found = self._tokens_of(rows[wrong], self._vocabulary)
@@ -105,8 +106,8 @@ class CheckedDump(CheckedEngine):
         if other:
             place, token = other[0]
             raise CaptureError(
-                f"{self._name}: the dump is another prompt's: row {place} of its embedding is that "
-                f"of token {token}, the prompt has {tokens[place]} there ({len(other)} of "
+                f"{self._name}: the dump is another prompt's: row {first + place} of its embedding "
+                f"is that of token {token}, the prompt has {tokens[place]} there ({len(other)} of "
                 f"{len(tokens)} differ); give the tokens it ran on with --aprt-tokens",
                 test="tokens",
             )
@@ -172,8 +173,6 @@ def swapped_sides(errors: Iterable[PointErrors]) -> str | None:
 
 
 def _rows_in_words(rows: int, tokens: int) -> str:
-    if rows == 1:
-        return "a dump of the last position alone cannot be judged, dump all positions"
     if rows > tokens:
         return "it is padded or another prompt's, dump the rows of this prompt alone"
     return "it is cut or another prompt's, dump all positions of this prompt"

@@ -58,7 +58,8 @@ class PointErrors:
     ``arithmetic``, else of the first, the exact one. ``bracket`` names the missing stages that
     the replay had to bridge: an error of this point was born in one of them or here.
     ``born_non_finite`` counts NaN and Inf that appear although every parent is wholly finite.
-    ``only_total`` says why nothing but `total` could be measured, where that is so.
+    ``only_total`` says why nothing but `total` could be measured, where that is so. ``stood_in``:
+    the replay read the shadow's K or V of earlier positions, which the model's side did not expose.
     """
 
     point: Point
@@ -75,6 +76,7 @@ class PointErrors:
     born_non_finite: int = 0
     bracket: tuple[Point, ...] = ()
     only_total: str = ""
+    stood_in: bool = False
 
 
 @dataclass(kw_only=True)
@@ -221,6 +223,8 @@ def _advanced(
     model, shadow, oracle = ([next(found) for _ in lanes] for _ in range(3))
     if ours:
         lanes[0].model_replay.take(model[0].stages)
+    for lane, run in zip(lanes, shadow, strict=True):
+        lane.model_replay.stand_in(run.stages)
     return [_Passed(*row) for row in zip(model, shadow, oracle, contexts, strict=True)]
 
 
@@ -241,20 +245,22 @@ def _measure_layer(
     lane.shadow_replay.enter(shadow)
     seen = visible(context) if layer is not None else None
 
+    replays = lane.model_replay
+
     def view_of(stage: Stage) -> View:
-        return View(stage, pair.oracle_facts, seen)
+        return View(stage, pair.oracle_facts, seen, replays.first)
 
     checks.layer(lane.index, model)
+    ours, theirs, own = map(replays.cut, (model.stages, oracle.stages, shadow.stages))
     for stage in pair.graph.of_layer(layer):
         point, view = Point(layer, stage.name), view_of(stage)
         if layer in pair.witnesses and lane.index == 0:
             truth = lane.shadow_replay.reference(point)
-            checks.replay(point, shadow.stages[stage.name], truth, view)
+            whole = View(stage, pair.oracle_facts, seen)
+            checks.replay(point, shadow.stages[stage.name], truth, whole)
         if point not in wanted:
             continue
-        yield _point_errors(
-            point, lane, model.stages, oracle.stages, shadow.stages, view, view_of, checks
-        )
+        yield _point_errors(point, lane, ours, theirs, own, view, view_of, checks)
 
 
 def _point_errors(
@@ -291,6 +297,7 @@ def _point_errors(
         readings=readings,
         born_non_finite=born,
         bracket=replays.bracket(point),
+        stood_in=replays.stood_in(point),
     )
 
 
@@ -304,8 +311,9 @@ def _readings(
     exact, *others = replays.profile.arithmetics(kinds)
     first = _reading(point, value, replays, view, exact)
     assert first is not None  # the exact arithmetic has no blocks
+    votes = not replays.stood_in(point)
     if first.explains:
-        replays.tally.add(group, () if first.worst is None else (first,))
+        replays.tally.add(group, (first,) if votes and first.worst is not None else ())
         return (first,)
     leader = replays.tally.leader(group)
     if leader in others:
@@ -321,7 +329,7 @@ def _readings(
         and reading.explains
         and _is_far_better(reading, first, across=bool(bracket))
     ]
-    replays.tally.add(group, found)
+    replays.tally.add(group, found if votes else ())
     return first, *found
 
 

@@ -90,6 +90,8 @@ class Context:
     ``call`` holds what transformers hands to the layer: ``attention_mask`` and
     ``position_embeddings``. For whole-model stages it is empty. ``types`` gives the GGUF type of
     every weight of the layer, and of the head. ``arithmetic`` is how the stage was computed.
+    ``first`` is the first position that is recomputed; the inputs' rows begin there, those of K
+    and V that attention reads at position 0.
     """
 
     facts: Facts
@@ -100,6 +102,7 @@ class Context:
     tokens: tuple[int, ...]
     types: Mapping[str, str]
     arithmetic: Arithmetic = EXACT
+    first: int = 0
 
     def rounded(self, operand: str, x: Input, weight_type: str = "") -> Rounded:
         """Round an operand as the arithmetic does.
@@ -249,7 +252,8 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 
 
 def _embedding(c: Context, _: Inputs) -> Tensor:
-    return c.source.rows(EMBEDDING, c.tokens).double() * c.architecture.embedding_scale  # (T, H)
+    rows = c.source.rows(EMBEDDING, c.tokens[c.first :])
+    return rows.double() * c.architecture.embedding_scale  # (T, H)
 
 
 def _norm(stage: str) -> _Function:
@@ -297,7 +301,7 @@ def _turned(stage: str, c: Context, inputs: Inputs, angle_error: float) -> Tenso
         (norm,) = STAGES[stage].tensors
         x = _rms(x, c.weights[norm], c)
     tables: tuple[Tensor, Tensor] = c.call["position_embeddings"]  # (1, T, D) each
-    cos, sin = (table[0].double()[:, None] for table in tables)
+    cos, sin = (table[0, c.first :].double()[:, None] for table in tables)
     if angle_error:
         angle = angle_error * _angles(c, x.shape[0])[:, None]
         cos, sin = cos - sin * angle, sin + cos * angle
@@ -313,7 +317,7 @@ def _angles(c: Context, tokens: int) -> Tensor:
     """Return the unscaled angle of every channel at every position: (T, D)."""
     pairs = torch.arange(c.facts.head_dim // 2).double()
     frequency = c.facts.rope_theta ** (-2 * pairs / c.facts.head_dim)
-    angles = torch.outer(torch.arange(tokens).double(), frequency)
+    angles = torch.outer(torch.arange(c.first, c.first + tokens).double(), frequency)
     if c.architecture.rotated_pairs == "half":
         return torch.cat([angles, angles], dim=-1)
     return angles.repeat_interleave(2, dim=-1)
@@ -360,7 +364,7 @@ def visible(c: Context) -> Tensor:
 
 
 def _softmax(c: Context, inputs: Inputs) -> Tensor:
-    scores = inputs[0].masked_fill(~visible(c), -torch.inf)
+    scores = inputs[0].masked_fill(~visible(c)[c.first :], -torch.inf)
     return torch.softmax(scores, dim=-1)  # (n, T, T)
 
 

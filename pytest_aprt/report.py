@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.images import DECADES
+from pytest_aprt.positions import STRAYS
 from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
@@ -462,6 +463,11 @@ def _point(judged: Judged, on_prompts: list[PointErrors]) -> PointJson:
     tolerance: ToleranceJson | None = None
     if e and e.worst:
         source = f"{e.arithmetic.name}: {e.arithmetic.tolerance.source}"
+        if e.stood_in:
+            source += (
+                "; and what follows from the shadow's K and V of earlier positions, which may be "
+                f"{STRAYS:g} times as far off as the last position's"
+            )
         tolerance = {"rel_l2": number(e.worst.tolerance), "source": source}
     return {
         **_place(judged.point),

@@ -24,6 +24,7 @@ from pytest_aprt.matrices import compute_threads
 from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
 from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
+from pytest_aprt.positions import note_on
 from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.rungs import following
 from pytest_aprt.rungs.config import fact_rows
@@ -111,7 +112,11 @@ def run(
         facts=facts,
         rungs=rungs,
         verdict=verdict,
-        notes=notes_on(prompts),
+        notes=[
+            *note_on(measurement.errors, prompts),
+            *getattr(engine, "notes", ()),
+            *notes_on(prompts),
+        ],
         graph=pair.graph,
     )
 

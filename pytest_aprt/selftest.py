@@ -121,10 +121,11 @@ class Checks:
         place = int((value.abs() * view.counted(view(value).shape).reshape(value.shape)).argmax())
         changed = value.clone()
         changed.view(-1)[place] *= -1
-        expected = [int(i) for i in torch.unravel_index(torch.tensor(place), view(value).shape)]
+        places = torch.unravel_index(torch.tensor(place), view(value).shape)
+        expected = {a: view.place(a, int(i)) for a, i in zip(view.stage.axes, places, strict=True)}
         found = measure(changed, value, view).max_abs_at
         worst = judge(changed, Reference(value, torch.zeros_like(value)), view, self.TOLERANCE)
-        if worst is None or worst.excess <= 1 or list(found.values()) != expected:
+        if worst is None or worst.excess <= 1 or found != expected:
             self.fail(
                 "canary", f"a changed element of {point} was not found: the comparison is blind"
             )

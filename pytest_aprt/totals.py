@@ -6,7 +6,7 @@ non-finite values that appear behind finite inputs are an origin, whatever the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pytest_aprt.errors import CaptureError
 from pytest_aprt.matrices import compute_threads
 from pytest_aprt.measure import Finals, Keep, Measurement, PointErrors, Progress, Prompt
 from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.positions import first_of, last, note_on
 from pytest_aprt.run import (
     engine_of,
     facts_of_run,
@@ -103,7 +104,12 @@ def run_totals(
         facts=[],
         rungs=rungs,
         verdict=verdict,
-        notes=[*_notes(sides, measurement), *notes_on(prompts)],
+        notes=[
+            *_notes(sides, measurement),
+            *note_on(measurement.errors, prompts),
+            *getattr(engine, "notes", ()),
+            *notes_on(prompts),
+        ],
         graph=sides.graph,
     )
 
@@ -212,23 +218,30 @@ class _Lane:
         seen = None if layer is None else self._visible(layer)
         found = []
         for stage in self._sides.graph.of_layer(layer):
-            view = View(stage, self._sides.oracle_facts, seen)
-            point, ours, theirs = (
-                Point(layer, stage.name),
-                model.stages.get(stage.name),
-                oracle.stages.get(stage.name),
-            )
+            point = Point(layer, stage.name)
+            ours, theirs, first = self._cut(point, model.stages, oracle.stages)
+            view = View(stage, self._sides.oracle_facts, seen, first)
             if ours is not None and self._index == 0:
                 checks.canary(point, ours, view)
             found.append(self._errors(point, ours, theirs, view))
         return found
 
+    def _cut(
+        self, point: Point, *sides: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, int]:
+        """Return both sides of a point at the positions that both hold, and the first of these."""
+        tokens = len(self._prompt.tokens)
+        held = [side.get(point.stage) for side in sides]
+        first = max(0 if x is None else first_of({point.stage: x}, tokens) for x in held)
+        ours, theirs = (None if x is None else last(point.stage, x, tokens - first) for x in held)
+        return ours, theirs, first
+
     def _errors(
         self, point: Point, ours: Tensor | None, theirs: Tensor | None, view: View
     ) -> PointErrors:
         sizes = self._sides.oracle_facts.sizes(len(self._prompt.tokens))
-        shape = tuple(sizes[symbol] for symbol in STAGES[point.stage].shape)
         if ours is None:
+            shape = tuple(sizes[symbol] for symbol in STAGES[point.stage].shape)
             return PointErrors(point=point, prompt=self._index, shape=shape, missing=True,
                                only_total=self._sides.why)  # fmt: skip
         bad = non_finite(ours, view)
@@ -238,7 +251,7 @@ class _Lane:
         return PointErrors(
             point=point,
             prompt=self._index,
-            shape=shape,
+            shape=tuple(ours.shape),
             only_total=self._sides.why,
             total=total,
             born_non_finite=bad if sound and self._inputs_finite(point) else 0,

@@ -72,6 +72,13 @@ class _Causes:
     facts: Mapping[str, str]  # stage -> fact that feeds it
     tensors: Mapping[Point, str]  # point -> tensor that it reads
 
+    def born_in(self, e: PointErrors, graph: StageGraph) -> bool:
+        """Return whether error was born at the point, or in its bracket.
+
+        Behind an origin, K and V of earlier positions that were not captured may be anything.
+        """
+        return _is_origin(e) and not (e.stood_in and graph.ancestors(e.point) & self.origins)
+
     def behind(self, point: Point, graph: StageGraph) -> tuple[list[str], list[str]]:
         """Return what may explain a point's `engine` error, and what its `total` error."""
         line = sorted(graph.ancestors(point) | {point}, key=graph.order)
@@ -106,9 +113,7 @@ def conclude(
     broken_tensors = [row for row in measurement.tensors if row.broken]
     fed = {stage: row.name for row in reversed(broken_facts) for stage in row.feeds}
     causes = _Causes(
-        origins=frozenset(
-            e.point for e in measurement.errors if _is_origin(e) and e.point.stage not in fed
-        ),
+        origins=_origins(measurement.errors, graph, fed),
         facts=fed,
         tensors={_entry(row, graph): row.name for row in reversed(broken_tensors)},
     )
@@ -192,14 +197,14 @@ def _status(
     if e.missing:
         return "missing", "the model's side does not expose this stage", None
     explains_engine, explains_total = causes.behind(e.point, graph)
-    born_here = _is_origin(e)
+    beyond, born_here = _is_origin(e), causes.born_in(e, graph)
     if e.only_total and not born_here:
         return _by_total_alone(e, explains_engine, threshold)
     if e.worst is None and not born_here and not (e.engine and e.engine.non_finite_a):
         return "inconclusive", "no row is finite on both sides", None
     if born_here and e.point.stage not in causes.facts:
         return "diverged", "", None
-    if e.engine is not None and (born_here or is_below(e.engine, threshold.cosine)):
+    if e.engine is not None and (beyond or is_below(e.engine, threshold.cosine)):
         if explains_engine:
             return "inherited", f"follows from {explains_engine[0]}", explains_engine[0]
         if e.engine.non_finite_a > e.engine.non_finite_b:
@@ -238,6 +243,18 @@ def agrees(total: Metrics, cosine: float) -> bool:
     farthest = math.sqrt(max(2 - 2 * cosine, 0.0))
     worst = total.worst_token[1] if total.worst_token else total.rel_l2
     return not total.rel_l2 > farthest and not worst > farthest
+
+
+def _origins(
+    errors: Sequence[PointErrors], graph: StageGraph, fed: Mapping[str, str]
+) -> frozenset[Point]:
+    """Return the points where error was born, but those that a broken fact feeds."""
+    found: set[Point] = set()
+    for e in sorted(errors, key=lambda e: graph.order(e.point)):
+        causes = _Causes(origins=frozenset(found), facts={}, tensors={})
+        if e.point.stage not in fed and causes.born_in(e, graph):
+            found.add(e.point)
+    return frozenset(found)
 
 
 def _is_origin(e: PointErrors) -> bool:

@@ -196,10 +196,6 @@ def padded(layer, stages):
     return stages
 
 
-def last_position(layer, stages):
-    return {name: value[-1:] if value.ndim == 2 else value for name, value in stages.items()}
-
-
 def after_bias(layer, stages):
     return stages | ({"qkv_matmul": stages["qkv_bias"]} if layer is not None else {})
 
@@ -220,7 +216,6 @@ same: dict = {}
     ("change", "says"),
     [
         (padded, "L01-attn_out holds 32 rows, the prompt has 7 tokens: it is padded"),
-        (last_position, "L00-embedding holds 1 rows, the prompt has 7 tokens: a dump of the last"),
         (after_bias, "L00-qkv_matmul holds the values after the bias"),
         (before_bias, "L00-qkv_bias holds the values before the bias"),
         (one_layer, "hold the same bytes in every stage"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pytest_aprt.architectures import HEAD
 from pytest_aprt.errors import AprtError
+from pytest_aprt.positions import first_of
 from pytest_aprt.rungs import LOGITS, Row, unavailable
 from pytest_aprt.weights import row_chunks
 
@@ -177,6 +178,9 @@ def logit_rows(pair: Pair, finals: Sequence[Finals]) -> list[Row]:
     for name, stage, judge in (("last", "lm_head", at_last), ("all", "final_norm", at_all)):
         if any(stage not in f.model for f in finals):
             rows += unavailable([name], f"the model's side does not expose {stage}")
+            continue
+        if any(first_of({stage: f.model[stage]}, len(f.prompt.tokens)) for f in finals):
+            rows += unavailable([name], "the model's side shows the last position alone")
             continue
         found = [row_of(name, judge(pair, f), number, pair) for number, f in enumerate(finals)]
         rows.append(max(found, key=lambda row: (SEVERITY.index(row.status),

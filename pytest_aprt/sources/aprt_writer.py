@@ -72,7 +72,7 @@ class DumpWriter:
         """
         place = f"{stage}.bin" if layer is None else f"layer-{layer}/{stage}.bin"
         if STAGES[stage].kind == "scores":
-            array = np.tril(array)
+            array = np.tril(array, array.shape[-1] - array.shape[-2])  # the last queries, all keys
         write_tensor(self._draft / place, WHOLE_MODEL if layer is None else layer, array)
         self._shapes[place] = tuple(array.shape)
 
