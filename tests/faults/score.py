@@ -184,10 +184,28 @@ def run_hidden(
         after = [p for p in after if shown(p.layer, p.stage)]
         expected |= {p for p in after if not pair.graph.ancestors(p) & set(after)}
     found = {judged.point for judged in verdict.origins}
-    right = found == expected
-    return ("found" if right else "missed" if expected - found else "spurious"), None, (
-        "" if right else verdict.summary
-    )  # fmt: skip
+    if found == expected:
+        return "found", None, ""
+    if found - expected:
+        return "spurious", None, verdict.summary
+    clean = faulty(pair, **ARITHMETICS[arithmetic])
+    size = size_from_outside(verdict, expected - found, engine, clean)
+    return ("below" if size <= 2 else "missed"), size, verdict.summary
+
+
+def size_from_outside(verdict: Verdict, points: set[Point], engine: Any, clean: Any) -> float:
+    """Return how far a fault moves what the engine exposes, in units of the tolerance there."""
+    wrong, right = (
+        {Point(n, s): x.double() for n, stages in run.layers(TOKENS) for s, x in stages.items()}
+        for run in (engine, clean)
+    )
+    sizes = [
+        float(((wrong[p] - right[p]).norm(dim=-1) / right[p].norm(dim=-1)).max())
+        / judged.errors.worst.tolerance
+        for judged in verdict.points
+        if (p := judged.point) in points and judged.errors and judged.errors.worst
+    ]
+    return max(sizes, default=float("inf"))
 
 
 def hidden_cases() -> Iterator[Case]:
