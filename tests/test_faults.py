@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from faults.corpus import FAULTS, Fault
 from faults.engines import ARITHMETICS, bfloat16, q8_k
-from faults.score import RIGHT, broken_cases, fault_cases, sample
+from faults.score import RIGHT, broken_cases, fault_cases, sample, streamed_cases
 from harness import TOKENS, builtin, faulty, fixture_pair, origins_of, verdict_of
 from transformers import Qwen2Config
 
@@ -21,7 +21,7 @@ def pair():
     return fixture_pair()
 
 
-SAMPLE = sample([*fault_cases(), *broken_cases()])
+SAMPLE = sample([*fault_cases(), *streamed_cases(), *broken_cases()])
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda c: f"{c.what}-{c.family}-{c.arithmetic}")

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from harness import FIXTURES, TOKENS, builtin, checked, faulty, fixture_pair, or
 from faults.captures import BROKEN, broken  # noqa: E402
 from faults.corpus import FAULTS, Fault  # noqa: E402
 from faults.engines import ARITHMETICS, SUBSETS, Hiding, TorchEngine  # noqa: E402
+from pytest_aprt import weights  # noqa: E402
 from pytest_aprt.arithmetic import STORAGE  # noqa: E402
 from pytest_aprt.compare import View, judge  # noqa: E402
 from pytest_aprt.pair import Pair, open_headers, open_pair  # noqa: E402
@@ -339,6 +341,43 @@ def clean_cases(files: dict[tuple[str, str], Path | None]) -> Iterator[Case]:
                     )  # fmt: skip
 
 
+# --- matrices that are streamed, as those of large models are ------------------------------------
+
+STREAMED = (
+    "o-proj-transposed", "tail-block-zero", "rope-theta-10k", "gelu-for-silu", "head-rolled",
+)
+    "o-proj-transposed",
+    "tail-block-zero",
+    "rope-theta-10k",
+    "gelu-for-silu",
+    "head-rolled",
+)
+
+
+def run_streamed(family: str, name: str | None, arithmetic: str) -> tuple[str, float | None, str]:
+    """The fixtures' matrices are small enough to be held; here none is."""
+    folder = FIXTURES / f"tiny-{family}"
+    with patch.object(weights, "WHOLE", 0):
+        pair = open_pair(open_headers(str(folder / "q4_k_m.gguf"), str(folder / "hf")))
+        assert pair.model_weights.layer(0).matrices
+        if name is None:
+            return silent(verdict_of(pair, checked(pair, engine_of(pair, arithmetic))))
+        fault = next(fault for fault in FAULTS if fault.name == name)
+        verdict = verdict_of(pair, faulty(pair, fault, **ARITHMETICS[arithmetic]))
+    found, planted = origins_of(verdict), [str(Point(fault.layer, s)) for s in fault.changes]
+    outcome = "found" if found == planted else "spurious" if set(found) - {*planted} else "missed"
+    return outcome, None, "" if outcome == "found" else verdict.summary
+
+
+def streamed_cases() -> Iterator[Case]:
+    for family in FAMILIES:
+        for arithmetic in ("float32", "q8_k"):
+            for name in (None, *STREAMED):
+                what = "streamed matrices" if name is None else f"{name}, streamed"
+                yield Case("fault" if name else "clean", family, what, arithmetic, "7 tokens",
+                           partial(run_streamed, family, name, arithmetic))  # fmt: skip
+
+
 # --- broken captures ------------------------------------------------------------------------------
 
 
@@ -404,6 +443,7 @@ def main() -> int:
             *fault_cases(),
             *hidden_cases(),
             *clean_cases(quantised(Path(folder))),
+            *streamed_cases(),
             *broken_cases(),
         ]
         cases = [
