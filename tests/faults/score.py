@@ -344,8 +344,6 @@ def clean_cases(files: dict[tuple[str, str], Path | None]) -> Iterator[Case]:
 # --- matrices that are streamed, as those of large models are ------------------------------------
 
 STREAMED = (
-    "o-proj-transposed", "tail-block-zero", "rope-theta-10k", "gelu-for-silu", "head-rolled",
-)
     "o-proj-transposed",
     "tail-block-zero",
     "rope-theta-10k",
