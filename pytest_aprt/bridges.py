@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ from pytest_aprt.stages import STAGES, Point, Stage
 
 if TYPE_CHECKING:
     from pytest_aprt.capture import LayerStages
-    from pytest_aprt.forward import BuiltinRunner
     from pytest_aprt.oracle import Prelude
     from pytest_aprt.pair import Pair
+
+
+class Observable(Protocol):
+    """A runner that can be looked at while it runs a layer."""
+
+    stages: dict[str, Tensor]
 
 
 class BridgedReplay:
@@ -146,16 +151,16 @@ class BridgedReplay:
             if stage.name in LINEAR and all(parent in self._values for parent in parents):
                 yield partial(self._prepare, point)
 
-    def products_of(self, engine: BuiltinRunner) -> Iterator[Callable[[], None]]:
-        """Yield the same for an engine that runs side by side with them."""
+    def products_of(self, runner: Observable) -> Iterator[Callable[[], None]]:
+        """Yield the same for a runner that runs side by side with them."""
         for stage in self._pair.graph.of_layer(self._layer):
             if stage.name in LINEAR:
-                yield partial(self._prepare_when_there, Point(self._layer, stage.name), engine)
+                yield partial(self._prepare_when_there, Point(self._layer, stage.name), runner)
 
-    def _prepare_when_there(self, point: Point, engine: BuiltinRunner) -> None:
+    def _prepare_when_there(self, point: Point, runner: Observable) -> None:
         (parent,) = self._pair.graph.parents(point)
-        until(lambda: parent.stage in engine.stages)
-        self.take({parent.stage: engine.stages[parent.stage]})
+        until(lambda: parent.stage in runner.stages)
+        self.take({parent.stage: runner.stages[parent.stage].detach()})
         self._prepare(point)
 
     def _prepare(self, point: Point) -> None:

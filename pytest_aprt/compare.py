@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Stage
 
 TOP_DIFFS = 5
+
+QUIET = 0.25
+"""Excess up to which an error is not looked at more closely."""
 
 _SMALLEST_NORMAL = 1.2e-38
 """Below it float32 loses bits and some engines flush to zero: such differences are no error."""
@@ -89,11 +93,11 @@ class View:
             return tensor.reshape(tensor.shape[0], -1, self.facts.head_dim)
         return tensor
 
-    def counted(self, shape: Sequence[int]) -> Tensor:
-        """Return which elements of a view count at all: bool, of ``shape``."""
+    def counted(self, shape: Sequence[int]) -> Tensor | None:
+        """Return which elements of a view count at all: bool, of ``shape``; None where all do."""
         if self.stage.kind == "scores" and self.visible is not None:
             return self.visible[self.first :].expand(*shape)
-        return torch.ones(*shape, dtype=torch.bool)
+        return None
 
     def place(self, axis: str | None, index: int) -> int:
         """Return an index along an axis as the whole prompt counts it."""
@@ -113,7 +117,10 @@ class View:
 def non_finite(tensor: Tensor, view: View) -> int:
     """Return how many of the elements that count are NaN or infinite."""
     values = view(tensor)
-    return int((~torch.isfinite(values) & view.counted(values.shape)).sum())
+    counted = view.counted(values.shape)
+    if counted is not None:
+        values = values.where(counted, 0.0)
+    return 0 if _is_finite(values) else int((~torch.isfinite(values)).sum())
 
 
 def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False) -> Metrics:
@@ -126,15 +133,13 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
         top: how many of the largest differences to keep; the first gives ``max_abs``.
         pictured: whether to keep the difference as a small image too.
     """
-    x, y = view(a), view(b)
-    counted = view.counted(x.shape)
-    bad_x, bad_y = ~torch.isfinite(x) & counted, ~torch.isfinite(y) & counted
-    used = counted & ~_rows_with(bad_x | bad_y, x.ndim)
-    x, y = x.where(used, 0.0), y.where(used, 0.0)
+    used, bad, x, y = _usable(view, view(a), view(b))
+    bad_x, bad_y = bad or (None, None)
     d = (x - y).abs()
-    xx, yy, xy, dd = (float(v) for v in (x.square().sum(), y.square().sum(), (x * y).sum(),
-                                          d.square().sum()))  # fmt: skip
-    compared = int(used.sum())
+    xx, yy, xy, dd = (
+        float(v.reshape(-1).dot(w.reshape(-1))) for v, w in ((x, x), (y, y), (x, y), (d, d))
+    )
+    compared = x.numel() if used is None else int(used.sum())
     largest = _top(x, y, d, view, top) if compared else ()
     nan = math.nan
     return Metrics(
@@ -148,12 +153,14 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
         sqnr_db=10 * math.log10(yy / dd)
         if dd and yy
         else (math.inf if compared and not dd else nan),
-        non_finite_a=int(bad_x.sum()),
-        non_finite_b=int(bad_y.sum()),
+        non_finite_a=0 if bad_x is None else int(bad_x.sum()),
+        non_finite_b=0 if bad_y is None else int(bad_y.sum()),
         worst_token=_worst_token(d, y, view) if compared else None,
         compared=compared,
         top_diffs=largest,
-        image=image_of(d, bad_x | bad_y, view.stage.axes) if pictured else None,
+        image=image_of(d, None if bad is None else bad[0] | bad[1], view.stage.axes)
+        if pictured
+        else None,
     )
 
 
@@ -162,7 +169,8 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
 
     A slice's scale is its norm, or its response to one-ulp changes of the inputs in ulps where
     that is larger: a value that is the small difference of large terms may be off by the rounding
-    of the terms. None where nothing can be compared.
+    of the terms. It is asked for where the norms alone leave more than QUIET. None where nothing
+    can be compared.
 
     Args:
         model: the model's stage.
@@ -171,20 +179,27 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
         tolerance: bound on ``|model - reference| / scale`` of every slice; an element's doubt
             is taken off its error first.
     """
-    x, y, r = view(model), view(reference.value), view(reference.response)
-    counted = view.counted(x.shape)
-    finite = torch.isfinite(x) & torch.isfinite(y) & torch.isfinite(r)
-    used = counted & ~_rows_with(counted & ~finite, x.ndim)
-    if not bool(used.any()):
+    worst = _judged(model, reference, view, tolerance, reference.value)
+    if worst is None or worst.excess <= QUIET:
+        return worst
+    return _judged(model, reference, view, tolerance, reference.response / FLOAT32_ULP)
+
+
+def _judged(
+    model: Tensor, reference: Reference, view: View, tolerance: Tolerance, response: Tensor
+) -> Slice | None:
+    used, _, x, y, r = _usable(view, *map(view, (model, reference.value, response)))
+    if used is not None and not bool(used.any()):
         return None
     error = x - y
     if reference.doubt is not None:
         error = (error.abs() - view(reference.doubt)).clamp(min=0.0)
+        error = error if used is None else error.where(used, 0.0)
     sums = _Squares(
-        error=error.where(used, 0.0).square(),
-        value=y.where(used, 0.0).square(),
-        response=(r / FLOAT32_ULP).where(used, 0.0).square(),
-        elements=used.double(),
+        error=error.square(),
+        value=y.square(),
+        response=r.square(),
+        elements=torch.ones_like(y) if used is None else used.double(),
     )
     slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance, view)]
     for axis in view.stage.slices:
@@ -236,9 +251,32 @@ def _ratio(a: float, b: float) -> float:
     return math.inf if a else 0.0
 
 
-def _rows_with(bad: Tensor, ndim: int) -> Tensor:
+def _is_finite(values: Tensor) -> bool:
+    return math.isfinite(float(values.sum()))  # a NaN stays one, and Inf - Inf becomes one
+
+
+def _usable(view: View, *sides: Tensor) -> tuple[Any, ...]:
+    """Return which elements can be compared, which are not finite, and the sides.
+
+    The first is None where all elements can be, the second None where all are finite, else of
+    every side. Where nothing can be compared the sides are set to zero: elements that do not
+    count, and rows with non-finite values.
+    """
+    counted = view.counted(sides[0].shape)
+    if counted is not None:
+        sides = tuple(side.where(counted, 0.0) for side in sides)
+    if all(_is_finite(side) for side in sides):
+        return counted, None, *sides
+    bad = [~torch.isfinite(side) for side in sides]
+    used = ~_rows_with(torch.stack(bad).any(0))
+    if counted is not None:
+        used = used & counted
+    return used, bad, *(side.where(used, 0.0) for side in sides)
+
+
+def _rows_with(bad: Tensor) -> Tensor:
     """Spread bad elements over their rows: a token's channels, a head's scores of one token."""
-    if ndim == 1:
+    if bad.ndim == 1:
         return bad.any().expand_as(bad)
     return bad.any(-1, keepdim=True).expand_as(bad)
 
@@ -247,23 +285,24 @@ def _worst_token(d: Tensor, y: Tensor, view: View) -> tuple[int, float] | None:
     if "token" not in view.stage.axes:
         return None
     others = [i for i, name in enumerate(view.stage.axes) if name != "token"]
-    error, norm = d.square().sum(dim=others).sqrt(), y.square().sum(dim=others).sqrt()
+    error, norm = (torch.linalg.vector_norm(v, dim=others) for v in (d, y))
     ratio = torch.where(norm > 0, error / norm, torch.where(error > 0, torch.inf, 0.0))
     index = int(ratio.argmax())
     return view.place("token", index), float(ratio[index])
 
 
 def _top(x: Tensor, y: Tensor, d: Tensor, view: View, count: int) -> tuple[Difference, ...]:
-    values, flat = d.flatten().topk(min(count, d.numel()))
-    places = torch.unravel_index(flat, d.shape)
+    flat = d.flatten().topk(min(count, d.numel())).indices
+    a, b = x.flatten()[flat].tolist(), y.flatten()[flat].tolist()
+    places = zip(*np.unravel_index(flat.numpy(), d.shape), strict=True)
     return tuple(
         Difference(
             at={
-                name: view.place(name, int(place[i]))
-                for name, place in zip(view.stage.axes, places, strict=True)
+                name: view.place(name, int(index))
+                for name, index in zip(view.stage.axes, place, strict=True)
             },
-            a=float(x.flatten()[flat[i]]),
-            b=float(y.flatten()[flat[i]]),
+            a=a[i],
+            b=b[i],
         )
-        for i in range(len(values))
+        for i, place in enumerate(places)
     )

@@ -35,12 +35,12 @@ class Image:
     levels: bytes
 
 
-def image_of(difference: Tensor, bad: Tensor, axes: tuple[str, ...]) -> Image | None:
+def image_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) -> Image | None:
     """Return the image of a difference; None where it has one axis, or is zero everywhere.
 
     Args:
         difference: ``|a - b|``, shaped as ``axes``, finite.
-        bad: which elements are not finite on a side: bool, of the same shape.
+        bad: which elements are not finite on a side: bool, of the same shape; None where all are.
         axes: names; heads are laid beside each other, or over each other for scores.
     """
     from torch import inf
@@ -49,7 +49,7 @@ def image_of(difference: Tensor, bad: Tensor, axes: tuple[str, ...]) -> Image | 
     if difference.ndim < 2 or not difference.numel():
         return None
     largest = float(difference.max())
-    marked = difference.masked_fill(bad, inf)
+    marked = difference if bad is None else difference.masked_fill(bad, inf)
     if axes[0] == "head":
         marked, axes = marked.amax(0), axes[1:]
     flat = marked.reshape(marked.shape[0], -1)

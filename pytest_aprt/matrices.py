@@ -41,7 +41,8 @@ class Matrix:
     """A weight matrix, (rows, columns) float32, that is read piece by piece.
 
     ``side`` is ``model`` or ``oracle``; ``order`` sorts the matrices of a layer as they are used.
-    ``read`` fills some of its rows into a buffer; ``leave`` lets go of what mirrors the file.
+    ``fetch`` says that it is soon to be read, ``read`` fills some of its rows into a buffer, and
+    ``leave`` lets go of what mirrors the file.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Matrix:
     order: int
     rows: int
     columns: int
+    fetch: Callable[[], None]
     read: Callable[[range, Tensor], None]
     leave: Callable[[], None]
 
@@ -169,9 +171,19 @@ def compare(model: Matrix, oracle: Matrix, watch: Watch) -> None:
 
 
 def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]:
-    """Return every request's product; all matrices are of one name, from one side or both."""
-    matrices = list(dict.fromkeys(request.matrix for request in requests))
-    stacked = [torch.cat([r.x for r in requests if r.matrix is m]) for m in matrices]
+    """Return every request's product; all matrices are of one name, from one side or both.
+
+    What several ask for alike, as an engine and its replay do, is formed once.
+    """
+    asked: dict[Matrix, list[Tensor]] = {}
+    places = []
+    for matrix, x in requests:
+        known = asked.setdefault(matrix, [])
+        place = next((i for i, k in enumerate(known) if torch.equal(k, x)), len(known))
+        known += [x] if place == len(known) else []
+        places.append(place)
+    matrices = list(asked)
+    stacked = [torch.cat(xs) for xs in asked.values()]
     found = [x.new_empty(len(x), m.rows) for x, m in zip(stacked, matrices, strict=True)]
     sides = {matrix.side: number for number, matrix in enumerate(matrices)}
     both = watch is not None and {"model", "oracle"} <= sides.keys()
@@ -188,12 +200,8 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
     in_threads(one, matrices[0].pieces())
     for matrix in matrices:
         matrix.leave()
-    results = []
-    parts = [iter(f.split([len(r.x) for r in requests if r.matrix is m]))
-             for f, m in zip(found, matrices, strict=True)]  # fmt: skip
-    for request in requests:
-        results.append(next(parts[matrices.index(request.matrix)]))
-    return results
+    parts = {m: f.split([len(x) for x in asked[m]]) for m, f in zip(matrices, found, strict=True)}
+    return [parts[r.matrix][place] for r, place in zip(requests, places, strict=True)]
 
 
 # -- threads ---------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class _Lane:
         layers = (LayerStages(*item) for item in runs.model.layers(prompt.tokens))
         self.model = keep("model", index, layers)
         self.oracle = keep("oracle", index, runs.oracle.layers(prompt.tokens))
-        self.shadow = runs.shadow.layers(prompt.tokens)
+        self.shadow, self.shadow_runner = runs.shadow.layers(prompt.tokens), runs.shadow
         self.prelude: Prelude = runs.shadow.prelude(prompt.tokens)
         self.model_replay = BridgedReplay(
             pair, prompt.tokens, self.prelude, runs.profile, runs.tally
@@ -164,9 +164,9 @@ def measure_pair(
             for lane in lanes:
                 checks.tokens(lane.prompt.tokens)
             for layer in [*range(pair.graph.n_layers), None]:
-                watched = Watched()
+                watched = Watched(pair, layer)
                 for lane, passed in zip(
-                    lanes, _advanced(lanes, layer, engine, watched), strict=True
+                    lanes, _advanced(pair, lanes, layer, engine, watched), strict=True
                 ):
                     result.errors += _measure_layer(pair, lane, passed, wanted, checks)
                 if first == 0:
@@ -198,7 +198,7 @@ class _Passed(NamedTuple):
 
 
 def _advanced(
-    lanes: Sequence[_Lane], layer: int | None, engine: Engine, watch: Watch
+    pair: Pair, lanes: Sequence[_Lane], layer: int | None, engine: Engine, watch: Watch
 ) -> list[_Passed]:
     """Take every run one layer on.
 
@@ -216,15 +216,19 @@ def _advanced(
     runs += [partial(next, lane.shadow) for lane in lanes]
     runs += [partial(next, lane.oracle) for lane in lanes]
     for lane in lanes:
+        lane.shadow_replay.enter(LayerStages(layer, {}))
         if len(lane.prompt.tokens) <= AHEAD:
             replays = lane.model_replay
             runs += replays.products_of(ours) if ours else replays.products()
+            if layer in pair.witnesses and lane.index == 0 and len(lanes) == 1:
+                runs += lane.shadow_replay.products_of(lane.shadow_runner)
     found = iter([*models, *together(runs, watch)])
     model, shadow, oracle = ([next(found) for _ in lanes] for _ in range(3))
     if ours:
         lanes[0].model_replay.take(model[0].stages)
     for lane, run in zip(lanes, shadow, strict=True):
         lane.model_replay.stand_in(run.stages)
+        lane.shadow_replay.take(run.stages)
     return [_Passed(*row) for row in zip(model, shadow, oracle, contexts, strict=True)]
 
 
@@ -242,7 +246,6 @@ def _measure_layer(
             Finals(prompt=lane.prompt, model=model.stages, shadow=shadow.stages,
                    oracle=oracle.stages)
         )  # fmt: skip
-    lane.shadow_replay.enter(shadow)
     seen = visible(context) if layer is not None else None
 
     replays = lane.model_replay

@@ -88,6 +88,8 @@ class TransformersRunner:
                 )
         except (ValueError, KeyError) as error:
             raise ArchitectureError(f"transformers cannot build the oracle: {error}") from error
+        self.stages: dict[str, torch.Tensor] = {}
+        """Those of the layer in progress, so far: others may multiply by its weights with it."""
         self._model.eval().to(dtype)
         self._base = self._model.model
         # Buffers made on the meta device stay there: the rotary tables must be real.
@@ -107,12 +109,13 @@ class TransformersRunner:
         prelude = self.prelude(tokens)
         hidden = prelude.hidden
         for index in range(self.n_layers):
-            stages = {"embedding": hidden[0]} if index == 0 else {}
+            stages = self.stages = {"embedding": hidden[0]} if index == 0 else {}
             hidden = self.run_layer(index, hidden, prelude, stages)
             yield LayerStages(index, {name: value.detach() for name, value in stages.items()})
         normed = self._final_norm(hidden)
-        head = logits(self._weights, normed[0], self.config.vocab_size, keep=1)
-        yield LayerStages(None, {"final_norm": normed[0], "lm_head": head[0]})
+        stages = self.stages = {"final_norm": normed[0]}
+        stages["lm_head"] = logits(self._weights, normed[0], self.config.vocab_size, keep=1)[0]
+        yield LayerStages(None, stages)
 
     def prelude(self, tokens: Sequence[int]) -> Prelude:
         """Run everything before the layers: embedding, masks, rotary embeddings."""

@@ -2,8 +2,8 @@
 
 Written apart from ``forward.py``, in float64 except for the large matmuls (float32), with the
 shadow's weights; masks and rotary tables are those that transformers prepared. Beside its value
-every stage returns its *response*: how far the value moves when each input moves by one ulp. That
-is what decides how much rounding is normal (a softmax over scores of 500 amplifies, a norm not).
+every stage has its *response*: how far the value moves when each input moves by one ulp. That is
+what decides how much rounding is normal (a softmax over scores of 500 amplifies, a norm not).
 An arithmetic's roundings are emulated: of a product's operands, and of what is kept. Every run
 replays transformers' own stages as well (self-test), so a fault in here is no verdict.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -72,15 +73,20 @@ def replayed_input(reference: Reference, tolerance: float) -> Input:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a stage should be, and its response to one-ulp changes of its inputs, both float64.
+    """What a stage should be, float64, and what computes its response to one-ulp changes.
 
     ``doubt`` is how far each element may be off because an operand lies on the edge between two
     roundings; None where nothing does.
     """
 
     value: Tensor
-    response: Tensor
+    respond: Callable[[], Tensor]
     doubt: Tensor | None = None
+
+    @cached_property
+    def response(self) -> Tensor:
+        """The response, float64: several times as dear as the value, and seldom needed."""
+        return self.respond()
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,9 @@ def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     reference = _replay(stage, context, inputs)
     if STAGES[stage].last_token:
         doubt = None if reference.doubt is None else reference.doubt[0]
-        reference = Reference(reference.value[0], reference.response[0], doubt)
-    kept = kept_as(reference.value, context.arithmetic.storage)
-    return Reference(kept, reference.response, reference.doubt)
+        whole = reference
+        reference = Reference(whole.value[0], lambda: whole.response[0], doubt)
+    return replace(reference, value=kept_as(reference.value, context.arithmetic.storage))
 
 
 def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
@@ -162,56 +168,58 @@ def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     if stage not in _PRODUCTS or not rounds:
         return reference
     value, doubt = _PRODUCTS[stage](context, inputs)
-    return Reference(value, reference.response, doubt)
+    return replace(reference, value=value, doubt=doubt)
 
 
 def _responsive(stage: str, context: Context, inputs: Inputs, moves: Inputs) -> Reference:
     function = _FUNCTIONS[stage]
     value = function(context, inputs)
-    if not inputs:
-        return Reference(value, torch.zeros_like(value))
-    square = torch.zeros_like(value)
-    probes = _probes(inputs[0])
-    for probe in range(probes):
-        moved = [
-            x + move * _signs(x, seed=probe * 8 + i)
-            for i, (x, move) in enumerate(zip(inputs, moves, strict=True))
-        ]
-        square += (function(context, moved) - value).square()
-    if stage in _ROTARY:
-        turned = _turned(stage, context, inputs, angle_error=ANGLE_ULPS * FLOAT32_ULP)
-        square += probes * (turned - value).square()
-    return Reference(value, (square / probes).sqrt())
+
+    def respond() -> Tensor:
+        square = torch.zeros_like(value)
+        if not inputs:
+            return square
+        probes = _probes(inputs[0])
+        for probe in range(probes):
+            moved = [
+                x + move * _signs(x, seed=probe * 8 + i)
+                for i, (x, move) in enumerate(zip(inputs, moves, strict=True))
+            ]
+            square += (function(context, moved) - value).square()
+        if stage in _ROTARY:
+            turned = _turned(stage, context, inputs, angle_error=ANGLE_ULPS * FLOAT32_ULP)
+            square += probes * (turned - value).square()
+        return (square / probes).sqrt()
+
+    return Reference(value, respond)
 
 
 def _linear(tensors: tuple[str, ...], context: Context, x: Input) -> Reference:
-    """Weights pass through the cache once: values and probes are stacked along the tokens."""
-    probes, tokens = _probes(x.value), x.value.shape[0]
-    ulps = x.move / FLOAT32_ULP  # keeps the products far from the smallest float32
-    moving = torch.cat([ulps * _signs(ulps, seed=i) for i in range(probes)]).float()
     values: list[Tensor] = []
-    responses: list[Tensor] = []
     doubts: list[Tensor | None] = []
     for name in tensors:
         inputs = context.rounded("inputs", x, context.types.get(name, ""))
-        stacked = torch.cat([inputs.value, moving])
         if inputs.doubt is None and context.arithmetic.weights == "none":
-            value, *moved = _times(context, name, stacked).double().split(tokens)
-            values.append(value)
-            responses.append(torch.stack(moved).square().mean(0).sqrt() * FLOAT32_ULP)
+            values.append(_times(context, name, inputs.value).double())
             doubts.append(None)
             continue
         for weight in _weight_chunks(context, name):
             operand = context.rounded("weights", captured_input(weight)).value
-            value, *moved = (stacked @ operand.T).double().split(tokens)
-            values.append(value)
-            responses.append(torch.stack(moved).square().mean(0).sqrt() * FLOAT32_ULP)
+            values.append((inputs.value @ operand.T).double())
             doubts.append(_doubt(inputs, operand))
     doubt = None
     if any(d is not None for d in doubts):
         pairs = zip(doubts, values, strict=True)
         doubt = torch.cat([torch.zeros_like(v) if d is None else d for d, v in pairs], dim=-1)
-    return Reference(torch.cat(values, dim=-1), torch.cat(responses, dim=-1), doubt)
+    return Reference(torch.cat(values, dim=-1), partial(_moved, tensors, context, x), doubt)
+
+
+def _moved(tensors: tuple[str, ...], context: Context, x: Input) -> Tensor:
+    """Return the response of a product with weights; its probes are stacked along the tokens."""
+    ulps = x.move / FLOAT32_ULP  # keeps the products far from the smallest float32
+    probes = [ulps * _signs(ulps, seed=i) for i in range(_probes(x.value))]
+    moved = torch.cat([_times(context, n, torch.cat(probes).float()).double() for n in tensors], -1)
+    return torch.stack(moved.split(len(ulps))).square().mean(0).sqrt() * FLOAT32_ULP
 
 
 def _times(context: Context, name: str, x: Tensor) -> Tensor:

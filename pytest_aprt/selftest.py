@@ -118,13 +118,15 @@ class Checks:
         if self._seen["canary"] or not bool(torch.isfinite(value).all()) or not bool(value.any()):
             return
         self._seen["canary"] += 1
-        place = int((value.abs() * view.counted(view(value).shape).reshape(value.shape)).argmax())
+        sizes, counted = value.abs(), view.counted(view(value).shape)
+        place = int((sizes if counted is None else sizes * counted.reshape(value.shape)).argmax())
         changed = value.clone()
         changed.view(-1)[place] *= -1
         places = torch.unravel_index(torch.tensor(place), view(value).shape)
         expected = {a: view.place(a, int(i)) for a, i in zip(view.stage.axes, places, strict=True)}
         found = measure(changed, value, view).max_abs_at
-        worst = judge(changed, Reference(value, torch.zeros_like(value)), view, self.TOLERANCE)
+        original = Reference(value, lambda: torch.zeros_like(value))
+        worst = judge(changed, original, view, self.TOLERANCE)
         if worst is None or worst.excess <= 1 or found != expected:
             self.fail(
                 "canary", f"a changed element of {point} was not found: the comparison is blind"

@@ -87,16 +87,19 @@ def pieces(weights: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Ten
 
 
 class _LayerCache:
-    """Keeps the last layer."""
+    """Keeps the last layer; the system begins to read what is too large to be held of the next."""
 
-    def __init__(self, load: Callable[[int], Layer]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[int], Layer], layers: int) -> None:
+        self._load, self._layers = load, layers
         self._index: int | None = None
         self._layer: Layer | None = None
 
     def __call__(self, index: int) -> Layer:
         if index != self._index or self._layer is None:
             self._index, self._layer = index, self._load(index)
+            if index + 1 < self._layers:
+                for matrix in self._load(index + 1).matrices.values():
+                    matrix.fetch()
         return self._layer
 
 
@@ -107,7 +110,7 @@ class HfWeights:
         self._folder = folder
         self._architecture = architecture
         self._facts, self._tied = facts, facts.tied_embeddings
-        self.layer = _LayerCache(self._load)
+        self.layer = _LayerCache(self._load, facts.layers)
 
     def name_in(self, index: int, suffix: str) -> str:
         """Return the checkpoint's name of a layer's tensor."""
@@ -135,8 +138,8 @@ class HfWeights:
         def read(wanted: range, out: torch.Tensor) -> None:
             self._folder.fill(stored, wanted, out)
 
-        leave = partial(self._folder.release, stored)
-        return Matrix(name, "oracle", order, rows, columns, read, leave)
+        fetch, leave = partial(self._folder.fetch, stored), partial(self._folder.release, stored)
+        return Matrix(name, "oracle", order, rows, columns, fetch, read, leave)
 
     def _load(self, index: int) -> Layer:
         names = list(self._architecture.layer_tensors)
@@ -155,7 +158,7 @@ class GgufWeights:
         self._file = file
         self._architecture = architecture
         self._facts = facts
-        self.layer = _LayerCache(self._load)
+        self.layer = _LayerCache(self._load, facts.layers)
 
     def name_of(self, name: str) -> str:
         """Return the GGUF name of a whole-model tensor; without output.weight, the embedding."""
@@ -202,8 +205,8 @@ class GgufWeights:
                 span = permutation[span].numpy()
             self._file.fill(stored, span, out.numpy())
 
-        leave = partial(self._file.release, stored)
-        return Matrix(name, "model", order, rows, columns, read, leave)
+        fetch, leave = partial(self._file.fetch, stored), partial(self._file.release, stored)
+        return Matrix(name, "model", order, rows, columns, fetch, read, leave)
 
     def _load(self, index: int) -> Layer:
         names, large = list(self._architecture.layer_tensors), {}

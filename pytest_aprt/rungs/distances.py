@@ -20,7 +20,7 @@ class Distance:
     """How far some rows lie from the oracle's: squared error and squared norm, and the worst block.
 
     ``worst`` is the distance of the worst block, with its row and first column; (0, 0, 0) where
-    the columns make no whole blocks.
+    the columns make no whole blocks, or no block is farther than was asked for.
     """
 
     error: float
@@ -33,30 +33,41 @@ class Distance:
         return ratio(self.error, self.norm)
 
 
-def distance_of(model: Tensor, oracle: Tensor) -> Distance:
-    """Measure a tensor that is at hand, a few rows at a time."""
+def distance_of(model: Tensor, oracle: Tensor, beyond: float = 0.0) -> Distance:
+    """Measure a tensor that is at hand, a few rows at a time.
+
+    Args:
+        model: the tensor that is judged.
+        oracle: what it is compared with.
+        beyond: blocks up to this distance need not be told apart.
+    """
     pieces = zip(_pieces(model), _pieces(oracle), strict=True)
     start, found = 0, []
     for a, b in pieces:
-        found.append(moved(_piece_distance(a, b), start))
+        found.append(moved(_piece_distance(a, b, beyond), start))
         start += len(a)
     return summed(found)
 
 
-def _piece_distance(model: Tensor, oracle: Tensor) -> Distance:
+def _piece_distance(model: Tensor, oracle: Tensor, beyond: float) -> Distance:
     """Measure a piece that fits in cache; sums of 32 squares in float32, all others in float64."""
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         b = oracle.double()
         error = float((model.double() - b).square().sum())
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
     errors, norms = _block_norms(model, oracle)
-    sizes = _relative(errors, norms)
-    row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
-    size, block = sizes[row].max(0)
+    error, norm = (float(squares.sum(dtype=torch.float64)) for squares in (errors, norms))
+    # A block's norm is taken as its row's mean or larger: a sieve that lets no farther one pass.
+    farthest = float((errors.amax(1) / norms.mean(1).clamp(min=1e-30)).max())
     worst = (0.0, 0, 0)
-    if size != 0:
-        worst = math.sqrt(float(size.nan_to_num(math.inf, math.inf))), row, int(block) * BLOCK
-    return Distance(float(errors.double().sum()), float(norms.double().sum()), worst)
+    if not farthest <= beyond**2:
+        sizes = _relative(errors, norms)
+        row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
+        size, block = sizes[row].max(0)
+        if size != 0:
+            far = math.sqrt(float(size.nan_to_num(math.inf, math.inf)))
+            worst = far, row, int(block) * BLOCK
+    return Distance(error, norm, worst)
 
 
 def moved(distance: Distance, rows: int) -> Distance:
@@ -105,12 +116,14 @@ def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
 
 def _block_norms(model: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared norm of every block of the difference, and of the oracle's."""
-    difference, square = (scratch(name, oracle.shape) for name in ("difference", "square"))
-    torch.sub(model, oracle, out=difference)
-    ones = oracle.new_ones(BLOCK)
+    ones, square = oracle.new_ones(BLOCK), scratch("square", oracle.shape)
+    rows = square.view(-1, BLOCK)
     # A product with ones sums short runs faster than sum does.
-    errors = torch.mul(difference, difference, out=square).view(-1, BLOCK) @ ones
-    norms = torch.mul(oracle, oracle, out=square).view(-1, BLOCK) @ ones
+    torch.sub(model, oracle, out=square)
+    torch.mul(square, square, out=square)
+    errors = torch.mv(rows, ones)
+    torch.mul(oracle, oracle, out=square)
+    norms = torch.mv(rows, ones)
     return errors.view(len(oracle), -1), norms.view(len(oracle), -1)
 
 

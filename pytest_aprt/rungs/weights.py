@@ -44,15 +44,27 @@ class TensorRow:
 
 
 class Watched:
-    """The distances of the matrices that pass by in pieces, from both sides at once."""
+    """The distances of the matrices that pass by in pieces, from both sides at once.
 
-    def __init__(self) -> None:
+    Args:
+        pair: the opened model and oracle.
+        layer: whose matrices they are; None for those of the whole model.
+    """
+
+    def __init__(self, pair: Pair, layer: int | None) -> None:
+        self._pair, self._layer = pair, layer
         self._parts: dict[str, list[Distance]] = {}
 
     def __call__(self, name: str, start: int, model: Tensor, oracle: Tensor) -> None:
         """Take a piece that begins at row ``start``; called from several threads."""
-        part = moved(distance_of(model, oracle), start)
+        _, beyond = _bounds(self._pair, self._stored(name))
+        part = moved(distance_of(model, oracle, beyond), start)
         self._parts.setdefault(name, []).append(part)
+
+    def _stored(self, name: str) -> str:
+        if self._layer is None:
+            return self._pair.model_weights.name_of(name)
+        return self._pair.architecture.layer_tensor(self._layer, name)
 
     def distance(self, name: str) -> Distance | None:
         """Return the distance of a matrix all of whose pieces were seen, else None."""
@@ -89,7 +101,7 @@ def _is_explained(pair: Pair, name: str, seen: Distance) -> bool:
 
 def model_rows(pair: Pair, watched: Watched | None = None) -> list[TensorRow]:
     """Return the weights rung for whole-model tensors, and for tensors that belong to no stage."""
-    watched = watched or Watched()
+    watched = watched or Watched(pair, None)
     rows = []
     for suffix in (EMBEDDING, FINAL_NORM, HEAD):
         name = pair.model_weights.name_of(suffix)

@@ -174,9 +174,16 @@ def mapped(path: Path) -> mmap.mmap:
 
 def release(file: mmap.mmap, offset: int, n_bytes: int) -> None:
     """Let the system take back whole pages of a mapped file; reading them maps them anew."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
     first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (offset + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        file.madvise(mmap.MADV_DONTNEED, first, length)
+    _advise("MADV_DONTNEED", file, first, (offset + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+def fetch(file: mmap.mmap, offset: int, n_bytes: int) -> None:
+    """Let the system begin to read a part of a mapped file, while others compute."""
+    first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    _advise("MADV_WILLNEED", file, first, min(offset + n_bytes, len(file)))
+
+
+def _advise(advice: str, file: mmap.mmap, first: int, end: int) -> None:
+    if hasattr(mmap, advice) and end > first:
+        file.madvise(getattr(mmap, advice), first, end - first)

@@ -20,6 +20,8 @@ _NIBBLES = 0x0F0F0F0F0F0F0F0F
 _BIT_4 = 0x1010101010101010
 _BITS_45 = 0x3030303030303030
 
+_BITS_05, _BITS_03, _BITS_45S = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030
+
 _SPREAD = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).mul(16)
 _SPREAD_BITS = _SPREAD.contiguous().view(torch.int64).view(-1)
 """Byte -> its eight bits, each as bit 4 of a byte."""
@@ -36,30 +38,34 @@ def _words(blocks: Tensor) -> Tensor:
     return blocks.clone(memory_format=torch.contiguous_format).view(torch.int64)
 
 
-def _nibbles(words: Tensor, groups: int) -> Tensor:
-    """Return low and then high nibbles of each of ``groups`` runs of bytes: (n, groups, 2, X)."""
-    packed = words.view(len(words), groups, 1, -1)
-    found = packed.new_empty(len(words), groups, 2, packed.shape[-1])
-    found[:, :, :1] = packed
-    found[:, :, 1:] = packed >> 4
-    return found.bitwise_and_(_NIBBLES)
+def _nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return low and high nibbles, as bytes within words of the same shape."""
+    return packed & _NIBBLES, (packed >> 4).bitwise_and_(_NIBBLES)
 
 
-def _widen(words: Tensor, out: Tensor) -> Tensor:
+def _upper(words: Tensor, lefts: tuple[int, ...], mask: int) -> Tensor:
+    """Return words shifted left by each of ``lefts`` (negative: right), stacked along dim -2."""
+    shifted = [words << left if left >= 0 else words >> -left for left in lefts]
+    return torch.stack(shifted, dim=-2).bitwise_and_(mask)
+
+
+def _widen(words: Tensor, out: Tensor) -> None:
     """Write bytes as floats: they are small and not negative."""
-    return out.copy_(words.view(torch.uint8).view(out.shape))
-
-
-def _shifted(words: Tensor, left: int) -> Tensor:
-    return words << left if left >= 0 else words >> -left
+    out.copy_(words.view(torch.uint8).view(out.shape))
 
 
 def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and minimum of the eight runs of 32 of Q4_K and Q5_K: (n, 8) each."""
-    low, mid, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = torch.cat([low & 63, (high & 15) | ((low >> 2) & 0x30)], dim=1)
-    mins = torch.cat([mid & 63, (high >> 4) | ((mid >> 2) & 0x30)], dim=1)
-    return _halves(blocks[:, :2]) * scales, _halves(blocks[:, 2:4]) * mins
+    """Return scale and minimum of the eight runs of 32 of Q4_K and Q5_K: (n, 8) each.
+
+    Twelve bytes hold eight of six bits each; a column of four bytes is taken apart as one integer.
+    """
+    words = blocks[:, :16].clone(memory_format=torch.contiguous_format).view(torch.int32)
+    factors, low, mid, high = words.T.clone(memory_format=torch.contiguous_format)
+    scales = [low & _BITS_05, (high & _BITS_03) | ((low >> 2) & _BITS_45S)]
+    mins = [mid & _BITS_05, ((high >> 4) & _BITS_03) | ((mid >> 2) & _BITS_45S)]
+    halves = factors.view(torch.float16).view(-1, 2).T.contiguous().float()
+    found = [torch.stack(runs, dim=1).view(torch.uint8).float() for runs in (scales, mins)]
+    return found[0].mul_(halves[0, :, None]), found[1].mul_(halves[1, :, None])
 
 
 def _scaled(out: Tensor, scales: Tensor, mins: Tensor) -> None:
@@ -67,29 +73,29 @@ def _scaled(out: Tensor, scales: Tensor, mins: Tensor) -> None:
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
-    _widen(_nibbles(_words(blocks[:, 16:]), 4), out)
+    runs = out.view(-1, 4, 2, 32)
+    for i, quanta in enumerate(_nibbles(_words(blocks[:, 16:]))):
+        _widen(quanta, runs[:, :, i])
     _scaled(out, *_scales_and_mins(blocks))
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    quanta = _nibbles(_words(blocks[:, 48:]), 4)
-    runs = quanta.view(len(blocks), 8, 4)
-    fifth = _words(blocks[:, 16:48])[:, None]  # bit j is that of run j
-    for run in range(8):
-        runs[:, run : run + 1] |= _shifted(fifth, 4 - run) & _BIT_4
-    _widen(quanta, out)
+    runs = out.view(-1, 4, 2, 32)
+    fifth = _words(blocks[:, 16:48])  # bit j is that of run j
+    lefts = (4, 2, 0, -2), (3, 1, -1, -3)
+    for i, quanta in enumerate(_nibbles(_words(blocks[:, 48:]).view(-1, 4, 4))):
+        _widen(quanta.bitwise_or_(_upper(fifth, lefts[i], _BIT_4)), runs[:, :, i])
     _scaled(out, *_scales_and_mins(blocks))
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    quanta = _nibbles(_words(blocks[:, :128]), 2)
-    runs = quanta.view(len(blocks), 2, 4, 4)
-    upper = _words(blocks[:, 128:192]).view(len(blocks), 2, 1, 4)
-    for run in range(4):
-        runs[:, :, run : run + 1] |= _shifted(upper, 4 - 2 * run) & _BITS_45
+    runs = out.view(-1, 2, 2, 64)
+    upper = _words(blocks[:, 128:192]).view(-1, 2, 4)  # two bits of each of four runs
+    lefts = (4, 2), (0, -2)
+    for i, quanta in enumerate(_nibbles(_words(blocks[:, :128]).view(-1, 2, 2, 4))):
+        _widen(quanta.bitwise_or_(_upper(upper, lefts[i], _BITS_45)), runs[:, :, i])
     scales = blocks[:, 192:208].view(torch.int8).float() * _halves(blocks[:, 208:210])
-    _widen(quanta, out).sub_(32)
-    out.view(-1, 16).mul_(scales.view(-1, 1))
+    out.view(-1, 16).sub_(32).mul_(scales.view(-1, 1))
 
 
 def _q8_0(blocks: Tensor, out: Tensor) -> None:
@@ -97,13 +103,16 @@ def _q8_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    _widen(_nibbles(_words(blocks[:, 2:]), 1), out).sub_(8).mul_(_halves(blocks[:, :2]))
+    for i, quanta in enumerate(_nibbles(_words(blocks[:, 2:]))):
+        _widen(quanta, out.view(-1, 2, 16)[:, i])
+    out.sub_(8).mul_(_halves(blocks[:, :2]))
 
 
 def _q5_0(blocks: Tensor, out: Tensor) -> None:
-    quanta = _nibbles(_words(blocks[:, 6:]), 1)
-    quanta |= _SPREAD_BITS[blocks[:, 2:6].int()].view(quanta.shape)
-    _widen(quanta, out).sub_(16).mul_(_halves(blocks[:, :2]))
+    fifth = _SPREAD_BITS[blocks[:, 2:6].int()].view(-1, 2, 2)
+    for i, quanta in enumerate(_nibbles(_words(blocks[:, 6:]))):
+        _widen(quanta.bitwise_or_(fifth[:, i]), out.view(-1, 2, 16)[:, i])
+    out.sub_(16).mul_(_halves(blocks[:, :2]))
 
 
 def _plain(dtype: torch.dtype) -> Unpack:

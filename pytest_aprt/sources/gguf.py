@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_aprt.errors import SourceError
-from pytest_aprt.sources._files import no_such_tensor, one_line, release, rows_within, sha256_of
+from pytest_aprt.sources._files import (
+    fetch,
+    no_such_tensor,
+    one_line,
+    release,
+    rows_within,
+    sha256_of,
+)
 from pytest_aprt.sources.gguf_header import GgufPart, TensorInfo
 
 __all__ = ["GgufFile", "TensorInfo"]
@@ -115,6 +122,12 @@ class GgufFile:
             SourceError: as for ``tensor``.
         """
         self._decode(self.info(name), self.raw(name)[rows], out)
+
+    def fetch(self, name: str) -> None:
+        """Let the system begin to read a tensor's bytes, which are soon to be used."""
+        info = self.info(name)
+        if self._maps:
+            fetch(self._maps[info.part], info.offset, info.n_bytes)
 
     def release(self, name: str) -> None:
         """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.errors import SourceError
 from pytest_aprt.sources._files import (
+    fetch,
     file_size,
     json_object,
     mapped,
@@ -180,6 +181,12 @@ class HfFolder:
             SourceError: as for ``tensor``.
         """
         out.copy_(self._stored(name)[rows.start : rows.stop])
+
+    def fetch(self, name: str) -> None:
+        """Let the system begin to read a tensor's bytes, which are soon to be used."""
+        self._stored(name)  # maps its file
+        entry = self._entry(name)
+        fetch(self._maps[entry.file], entry.offset, entry.n_bytes)
 
     def release(self, name: str) -> None:
         """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""

@@ -146,7 +146,7 @@ def size_of(
         return float("inf")
     mask = torch.ones(len(TOKENS), len(TOKENS), dtype=torch.bool).tril()
     view = View(STAGES[point.stage], pair.oracle_facts, mask)
-    worst = judge(a, Reference(b, torch.zeros_like(b)), view, STORAGE[storage])
+    worst = judge(a, Reference(b, lambda: torch.zeros_like(b)), view, STORAGE[storage])
     return 0.0 if worst is None else worst.excess
 
 
