@@ -8,7 +8,6 @@ multiplied, and compared with the other side's, by as many threads as there are 
 from __future__ import annotations
 
 import contextvars
-import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
+
+from pytest_aprt.buffers import buffer
 
 PIECE = 1 << 20
 """Weights in a piece: 4 MB of float32. Smaller ones cost more in calls than they gain in cache, and
@@ -62,7 +63,7 @@ class Matrix:
 
     def piece(self, rows: range) -> Tensor:
         """Return some rows, in a buffer that this thread's next piece of this side overwrites."""
-        found = scratch(self.side, (len(rows), self.columns))
+        found = buffer(self.side, (len(rows), self.columns))
         self.read(rows, found)
         return found
 
@@ -206,20 +207,7 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
 
 # -- threads ---------------------------------------------------------------------------------------
 
-_own = threading.local()
 _threads = 0
-
-
-def scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """Return a float32 buffer of this thread, to be written to: fresh memory is ten times slower.
-
-    What it held before, and who asked last for the same ``name``, is overwritten.
-    """
-    buffers: dict[str, Tensor] = _own.__dict__.setdefault("buffers", {})
-    size = math.prod(shape)
-    if name not in buffers or buffers[name].numel() < size:
-        buffers[name] = torch.empty(size)
-    return buffers[name][:size].view(*shape)
 
 
 def available_cores() -> int:

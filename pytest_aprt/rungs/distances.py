@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_aprt.matrices import PIECE, scratch
+from pytest_aprt.buffers import buffer
+from pytest_aprt.matrices import PIECE
 
 BLOCK = 32
 """Values of a row that are judged together: the smallest block of llama.cpp's types with one."""
@@ -116,14 +117,15 @@ def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
 
 def _block_norms(model: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared norm of every block of the difference, and of the oracle's."""
-    ones, square = oracle.new_ones(BLOCK), scratch("square", oracle.shape)
-    rows = square.view(-1, BLOCK)
+    square = buffer("square", oracle.shape)
+    blocks, ones = square.view(-1, BLOCK), square.new_ones(BLOCK)
+    errors, norms = (buffer(name, blocks.shape[:1]) for name in ("errors", "norms"))
     # A product with ones sums short runs faster than sum does.
     torch.sub(model, oracle, out=square)
     torch.mul(square, square, out=square)
-    errors = torch.mv(rows, ones)
+    torch.mv(blocks, ones, out=errors)
     torch.mul(oracle, oracle, out=square)
-    norms = torch.mv(rows, ones)
+    torch.mv(blocks, ones, out=norms)
     return errors.view(len(oracle), -1), norms.view(len(oracle), -1)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pytest_aprt.buffers import buffer
+
 Unpack = Callable[[Tensor, Tensor], None]
 """Takes blocks, (n, bytes of a block) uint8, and fills (n, values of a block) float32."""
 
@@ -32,21 +34,29 @@ def _halves(blocks: Tensor) -> Tensor:
     return blocks.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
-def _words(blocks: Tensor) -> Tensor:
-    """Return (n, bytes) as 64-bit integers: (n, bytes / 8)."""
+def _words(name: str, blocks: Tensor) -> Tensor:
+    """Return (n, bytes) as 64-bit integers: (n, bytes / 8), in the buffer ``name``."""
     # a copy: one row of a larger block counts as contiguous, and begins at any address
-    return blocks.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    return buffer(name, blocks.shape, torch.uint8).copy_(blocks).view(torch.int64)
 
 
 def _nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return low and high nibbles, as bytes within words of the same shape."""
-    return packed & _NIBBLES, (packed >> 4).bitwise_and_(_NIBBLES)
+    low, high = (buffer(name, packed.shape, packed.dtype) for name in ("low", "high"))
+    torch.bitwise_and(packed, _NIBBLES, out=low)
+    torch.bitwise_right_shift(packed, 4, out=high)
+    return low, high.bitwise_and_(_NIBBLES)
 
 
 def _upper(words: Tensor, lefts: tuple[int, ...], mask: int) -> Tensor:
     """Return words shifted left by each of ``lefts`` (negative: right), stacked along dim -2."""
-    shifted = [words << left if left >= 0 else words >> -left for left in lefts]
-    return torch.stack(shifted, dim=-2).bitwise_and_(mask)
+    found = buffer("upper", (*words.shape[:-1], len(lefts), words.shape[-1]), words.dtype)
+    for run, left in zip(found.unbind(-2), lefts, strict=True):
+        if left >= 0:
+            torch.bitwise_left_shift(words, left, out=run)
+        else:
+            torch.bitwise_right_shift(words, -left, out=run)
+    return found.bitwise_and_(mask)
 
 
 def _widen(words: Tensor, out: Tensor) -> None:
@@ -74,25 +84,25 @@ def _scaled(out: Tensor, scales: Tensor, mins: Tensor) -> None:
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
     runs = out.view(-1, 4, 2, 32)
-    for i, quanta in enumerate(_nibbles(_words(blocks[:, 16:]))):
+    for i, quanta in enumerate(_nibbles(_words("packed", blocks[:, 16:]))):
         _widen(quanta, runs[:, :, i])
     _scaled(out, *_scales_and_mins(blocks))
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     runs = out.view(-1, 4, 2, 32)
-    fifth = _words(blocks[:, 16:48])  # bit j is that of run j
+    fifth = _words("fifth", blocks[:, 16:48])  # bit j is that of run j
     lefts = (4, 2, 0, -2), (3, 1, -1, -3)
-    for i, quanta in enumerate(_nibbles(_words(blocks[:, 48:]).view(-1, 4, 4))):
+    for i, quanta in enumerate(_nibbles(_words("packed", blocks[:, 48:]).view(-1, 4, 4))):
         _widen(quanta.bitwise_or_(_upper(fifth, lefts[i], _BIT_4)), runs[:, :, i])
     _scaled(out, *_scales_and_mins(blocks))
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     runs = out.view(-1, 2, 2, 64)
-    upper = _words(blocks[:, 128:192]).view(-1, 2, 4)  # two bits of each of four runs
+    upper = _words("two", blocks[:, 128:192]).view(-1, 2, 4)  # two bits of each of four runs
     lefts = (4, 2), (0, -2)
-    for i, quanta in enumerate(_nibbles(_words(blocks[:, :128]).view(-1, 2, 2, 4))):
+    for i, quanta in enumerate(_nibbles(_words("packed", blocks[:, :128]).view(-1, 2, 2, 4))):
         _widen(quanta.bitwise_or_(_upper(upper, lefts[i], _BITS_45)), runs[:, :, i])
     scales = blocks[:, 192:208].view(torch.int8).float() * _halves(blocks[:, 208:210])
     out.view(-1, 16).sub_(32).mul_(scales.view(-1, 1))
@@ -103,14 +113,14 @@ def _q8_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    for i, quanta in enumerate(_nibbles(_words(blocks[:, 2:]))):
+    for i, quanta in enumerate(_nibbles(_words("packed", blocks[:, 2:]))):
         _widen(quanta, out.view(-1, 2, 16)[:, i])
     out.sub_(8).mul_(_halves(blocks[:, :2]))
 
 
 def _q5_0(blocks: Tensor, out: Tensor) -> None:
     fifth = _SPREAD_BITS[blocks[:, 2:6].int()].view(-1, 2, 2)
-    for i, quanta in enumerate(_nibbles(_words(blocks[:, 6:]))):
+    for i, quanta in enumerate(_nibbles(_words("packed", blocks[:, 6:]))):
         _widen(quanta.bitwise_or_(fifth[:, i]), out.view(-1, 2, 16)[:, i])
     out.sub_(16).mul_(_halves(blocks[:, :2]))
 

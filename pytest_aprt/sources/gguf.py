@@ -266,14 +266,18 @@ def _decoder(info: TensorInfo) -> Callable[[NDArray[np.uint8], NDArray[np.float3
     values, size = GGML_QUANT_SIZES[kind]
     import torch
 
+    from pytest_aprt.buffers import buffer
     from pytest_aprt.sources.dequant import UNPACK
 
     if unpack := UNPACK.get(info.type):
-        return lambda blocks, out: unpack(
+
+        def decode(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
             # a copy, as a mapped file is read-only and its blocks lie on odd addresses
-            torch.from_numpy(np.array(blocks)).view(-1, size),
-            torch.from_numpy(out).view(-1, values),
-        )
+            copied = buffer("blocks", blocks.shape, torch.uint8)
+            np.copyto(copied.numpy(), blocks)
+            unpack(copied.view(-1, size), torch.from_numpy(out).view(-1, values))
+
+        return decode
     from gguf.quants import dequantize
 
     return lambda blocks, out: np.copyto(out, dequantize(blocks, kind))

@@ -1,0 +1,29 @@
+"""Memory that each thread keeps for what it computes again and again.
+
+Fresh memory is dear: in a thread that is not the main one the C library gives every large block
+back to the system, which hands it out again page by page, zeroed. The passes over a 7B pair took a
+third less time once their temporaries were kept.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_own = threading.local()
+
+
+def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor of this thread to be written to.
+
+    What it held before, and who asked last for the same ``name``, is overwritten.
+    """
+    buffers: dict[str, Tensor] = _own.__dict__.setdefault("buffers", {})
+    size = math.prod(shape) * dtype.itemsize
+    if name not in buffers or buffers[name].numel() < size:
+        buffers[name] = torch.empty(size, dtype=torch.uint8)
+    return buffers[name][:size].view(dtype).view(*shape)
