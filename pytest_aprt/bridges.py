@@ -109,7 +109,9 @@ class BridgedReplay:
         count = len(self._tokens) - self.first
         doubt = None if found.doubt is None else last(point.stage, found.doubt, count)
         return Reference(
-            last(point.stage, found.value, count), last(point.stage, found.response, count), doubt
+            last(point.stage, found.value, count),
+            lambda: last(point.stage, found.response, count),
+            doubt,
         )
 
     def _carry(self, entry: Point, arithmetics: Sequence[Arithmetic]) -> None:
