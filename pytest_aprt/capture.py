@@ -44,7 +44,8 @@ class Engine(Protocol):
 
     ``logits(tokens)`` is the production path, the one that users run, with nothing captured: the
     logits of the last token (V,) or of all (T, V). An attribute ``bit_exact`` that is true promises
-    the very bits of the traced path.
+    the very bits of the traced path. ``variants(tokens)`` may yield ``(name, logits)`` for every
+    setting in which that path differs from the traced one, with that setting alone.
     """
 
     def layers(self, tokens: Sequence[int]) -> Iterable[tuple[int | None, Mapping[str, Any]]]:

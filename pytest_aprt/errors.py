@@ -5,6 +5,7 @@ AprtError                 caught at the pytest border: one line, exit code 4
 ├── SourceError           a model, oracle or dump cannot be opened or is damaged
 ├── ArchitectureError     no row of ARCHITECTURES fits, or the two sides differ in kind
 ├── CaptureError          a runner or a user's engine yields something that is no capture
+├── EngineError           an engine in a process of its own fails or does not start
 └── ContractError         a contract or ledger is damaged, or states what cannot be
 
 The message of each names the thing, says what was expected, and what to do.
@@ -38,6 +39,10 @@ class CaptureError(AprtError):
     def __init__(self, text: str, test: str = "capture") -> None:
         super().__init__(text)
         self.test = test
+
+
+class EngineError(AprtError):
+    """An engine in a process of its own does not start, fails, or takes too long."""
 
 
 class ContractError(AprtError):

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 DEFAULT_PROMPT = "What is 2+2?"
 DEFAULT_STEPS = 3
 DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
-ENGINES = ("auto", "builtin")
+ENGINES = ("auto", "builtin", "llama.cpp")
 ARITHMETIC_NAMES = (
     "auto", "float32", "float16", "bfloat16", "tf32", "q8", "q8_k", "q8_0", "q8_1",
 )  # fmt: skip
@@ -47,6 +47,8 @@ OPTIONS = (
            help="GGUF whose weights a dump or an engine of one's own ran on"),
     Option(name="engine", kind="value", metavar="NAME",
            help=f"What runs the model: {', '.join(ENGINES)}"),
+    Option(name="engine-option", kind="list", metavar="KEY=VALUE",
+           help="Parameter of the engine, such as n_threads=2 for llama.cpp; repeatable"),
     Option(name="prompt", kind="list", metavar="TEXT",
            help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
     Option(name="prompt-set", kind="list", metavar="NAME",

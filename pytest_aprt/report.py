@@ -62,6 +62,7 @@ class ModelJson(TypedDict):
     source: str
     kind: str
     engine: str
+    engine_details: dict[str, Any]  # parameters that were set, and what the engine says of itself
     arithmetic: str  # as found or declared; stages that differ are named
     profile: str  # what was asked for or declared
     architecture: str

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
-from pytest_aprt.capture import CheckedEngine, Engine
+from pytest_aprt.capture import Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
-from pytest_aprt.dump_checks import CheckedDump, swapped_sides
+from pytest_aprt.dump_checks import swapped_sides
+from pytest_aprt.engines.choose import engine_of
 from pytest_aprt.errors import SettingsError
-from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import compute_threads
 from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
 from pytest_aprt.options import DEFAULT_PROMPT
@@ -40,7 +40,8 @@ from pytest_aprt.verdict import Threshold, conclude
 if TYPE_CHECKING:
     from pytest_aprt.sides import Sides
 
-_VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safetensors", "gguf")
+_VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safetensors", "gguf",
+             "llama-cpp-python")  # fmt: skip
 
 
 def run(
@@ -65,10 +66,11 @@ def run(
     told = facts_of_run(settings)
     pair = open_pair(headers)
     prompts = prompts_of(settings, pair)
-    engine, name = engine_of(pair, settings, user_engine)
+    chosen = engine_of(pair, settings, user_engine)
+    engine = chosen.engine
     profile = _profile(settings, engine)
     if settings.dump is not None:
-        keep = kept_in(settings.dump, prompts, _recorded(pair, name, profile), keep)
+        keep = kept_in(settings.dump, prompts, _recorded(pair, chosen.name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
     with compute_threads(settings.threads):
         measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
@@ -95,7 +97,8 @@ def run(
         model={
             "source": settings.model,
             "kind": settings.model_kind,
-            "engine": name,
+            "engine": chosen.name,
+            "engine_details": dict(chosen.details()),
             "arithmetic": in_words(measurement.arithmetics),
             "profile": profile.name,
             "architecture": pair.architecture.name,
@@ -190,21 +193,6 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
         return Prompt(text=cut.text, tokens=tokens)
     tokens = tokens[: cut.tokens]
     return Prompt(text=tokenizer.decode(tokens, skip_special_tokens=True), tokens=tokens)
-
-
-def engine_of(
-    pair: Pair | Sides, settings: Settings, user_engine: Any | None
-) -> tuple[Engine, str]:
-    """Return what runs the model under test, and its name."""
-    if user_engine is not None:
-        name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
-        return CheckedEngine(user_engine, pair.graph, pair.oracle_facts, name), name
-    if settings.model_kind == "dump":
-        dump = DumpRunner.open(settings.model)
-        if not dump.has_manifest:
-            return CheckedDump(dump, pair, settings.model), "dump"
-        return CheckedEngine(dump, pair.graph, pair.oracle_facts, settings.model), "dump"
-    return BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin"
 
 
 def _recorded(pair: Pair, engine: str, profile: Profile) -> Fields:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_aprt.arithmetic import profile_named
+from pytest_aprt.engines import require
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.options import (
     DEFAULT_COSINE,
@@ -39,6 +40,7 @@ class Settings:
     oracle_kind: Literal["huggingface", "dump"]
     weights: str | None
     engine: str
+    engine_options: Mapping[str, str]
     prompts: tuple[str, ...]
     prompt_sets: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -127,7 +129,8 @@ def read_settings(get: Get, *, command: str) -> Settings:
         oracle=oracle,
         oracle_kind=oracle_kind,
         weights=weights,
-        engine=_one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES),
+        engine=_engine(get("aprt_engine") or "auto", kind),
+        engine_options=_engine_options(get("aprt_engine_option") or ()),
         prompts=asked
         if asked or tokens or sets or "dump" in (kind, oracle_kind)
         else (DEFAULT_PROMPT,),
@@ -145,6 +148,28 @@ def read_settings(get: Get, *, command: str) -> Settings:
         baseline=Path(baseline) if baseline else None,
         command=command,
     )
+
+
+def _engine(name: str, kind: str) -> str:
+    engine = _one_of("--aprt-engine", name, ENGINES)
+    if engine != "auto" and kind != "gguf":
+        raise SettingsError(
+            f"--aprt-engine={engine} is not valid with this --aprt-model: it runs GGUF files"
+        )
+    require(engine)
+    return engine
+
+
+def _engine_options(texts: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name.strip() and value.strip()):
+            raise SettingsError(
+                f"--aprt-engine-option={text} is not valid: expected KEY=VALUE, such as n_threads=2"
+            )
+        options[name.strip()] = value.strip()
+    return options
 
 
 def _kind(model: str) -> Literal["gguf", "dump", "python"]:

@@ -17,13 +17,13 @@ from pytest_aprt.capture import CheckedEngine, Engine, LayerStages
 from pytest_aprt.compare import View, measure, non_finite
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.dump_checks import CheckedDump
+from pytest_aprt.engines.choose import engine_of
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.matrices import compute_threads
 from pytest_aprt.measure import Finals, Keep, Measurement, PointErrors, Progress, Prompt
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.positions import first_of, last, note_on
 from pytest_aprt.run import (
-    engine_of,
     facts_of_run,
     notes_on,
     prompts_of,
@@ -60,7 +60,8 @@ def run_totals(
     """
     told = facts_of_run(settings)
     prompts = prompts_of(settings, sides)
-    engine, name = engine_of(sides, settings, user_engine)
+    chosen = engine_of(sides, settings, user_engine)
+    engine, name = chosen.engine, chosen.name
     hashes = _hashes(sides, settings)
     if settings.dump is not None:
         fields: Fields = {
@@ -88,6 +89,7 @@ def run_totals(
             "source": settings.model,
             "kind": settings.model_kind,
             "engine": name,
+            "engine_details": dict(chosen.details()),
             "arithmetic": "not judged",
             "profile": settings.arithmetic,
             "architecture": sides.architecture.name,

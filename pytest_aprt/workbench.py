@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_aprt.engines import user_engine
+from pytest_aprt.engines.own import user_engine
 from pytest_aprt.errors import AprtError, SettingsError
 from pytest_aprt.items import ROOT, ParityCollector, junit_class
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names

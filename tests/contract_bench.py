@@ -14,8 +14,9 @@ from pytest_aprt.contracts.bindings import ShellSettings, bind
 from pytest_aprt.contracts.contract import load
 from pytest_aprt.contracts.evaluate import evaluate
 from pytest_aprt.contracts.subject import Bench, Opened, Subject
+from pytest_aprt.engines.choose import engine_of
 from pytest_aprt.pair import open_headers
-from pytest_aprt.run import engine_of, prompts_of, run
+from pytest_aprt.run import prompts_of, run
 from pytest_aprt.settings import read_settings
 from pytest_aprt.testing import NumpyEngine
 
@@ -54,7 +55,7 @@ def bench_of(engine=None):
     def opened():
         pair = _pair()
         if engine is None:
-            return Opened(pair, engine_of(pair, settings, None)[0], prompts_of(settings, pair))
+            return Opened(pair, engine_of(pair, settings, None).engine, prompts_of(settings, pair))
         checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "test")
         return Opened(pair, checked, prompts_of(settings, pair))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from pytest_aprt.arithmetic import PROFILES
+from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
@@ -53,7 +53,7 @@ def verdict_of(
 ) -> Verdict:
     asked = [Prompt(text="", tokens=tokens) for tokens in prompts or (TOKENS,)]
     points = pair.graph.points
-    result = measure_pair(pair, engine, asked, points, PROFILES[profile])
+    result = measure_pair(pair, engine, asked, points, profile_named(profile))
     facts = fact_rows(pair, max(len(prompt.tokens) for prompt in asked))
     return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
 

@@ -66,8 +66,9 @@ def test_help_starts_with_a_capital_and_has_no_full_stop(option):
 
 def test_flag_and_key_are_twins():
     assert [option.flag for option in OPTIONS] == [
-        "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine", "--aprt-prompt",
-        "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
+        "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine",
+        "--aprt-engine-option", "--aprt-prompt", "--aprt-prompt-set", "--aprt-tokens",
+        "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
         "--aprt-threads", "--aprt-strict", "--aprt-contracts", "--aprt-run-shell",
         "--aprt-shell-timeout", "--aprt-ledger", "--aprt-dump", "--aprt-report", "--aprt-baseline",

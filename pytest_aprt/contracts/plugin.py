@@ -164,9 +164,10 @@ class ContractPlugin:
         return self._bench
 
     def _open(self) -> Opened:
-        from pytest_aprt.engines import user_engine
+        from pytest_aprt.engines.choose import engine_of
+        from pytest_aprt.engines.own import user_engine
         from pytest_aprt.pair import open_headers, open_pair
-        from pytest_aprt.run import engine_of, prompts_of
+        from pytest_aprt.run import prompts_of
         from pytest_aprt.settings import read_settings
 
         settings = read_settings(lambda key: self._option(self.config, key), command="")
@@ -174,8 +175,8 @@ class ContractPlugin:
             raise BlockedError("the model cannot be run again: give --aprt-weights and an oracle "
                                "that is no dump")  # fmt: skip
         pair = open_pair(open_headers(settings.weights, settings.oracle))
-        engine, _ = engine_of(pair, settings, user_engine(self.config, settings))
-        return Opened(pair, engine, prompts_of(settings, pair))
+        chosen = engine_of(pair, settings, user_engine(self.config, settings))
+        return Opened(pair, chosen.engine, prompts_of(settings, pair))
 
     # -- outcomes ----------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from pytest_aprt.render.tiles import Tile, tiles_of
 from pytest_aprt.render.words import (
     by_layer,
     cosine,
+    engine_details,
     layer_name,
     megabytes,
     place,
@@ -368,6 +369,7 @@ class Page:
             ("model", f"{model['source']} ({model['architecture']}; {types})"),
             ("model sha256", model["sha256"]),
             ("engine", f"{model['engine']}, arithmetic {self.text(model['arithmetic'])}"),
+            *([("engine set up", engine_details(model))] if model["engine_details"] else []),
             ("oracle", f"{oracle['source']} ({oracle['architecture']})"),
             ("oracle sha256", oracle["sha256"]),
             ("started", f"{run['started_utc']}, took {run['wall_s']:.1f} s, "

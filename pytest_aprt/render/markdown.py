@@ -20,6 +20,7 @@ from pytest_aprt.render.words import (
     by_layer,
     cosine,
     counts,
+    engine_details,
     excess,
     layer_name,
     megabytes,
@@ -102,6 +103,8 @@ def _sides(report: Report) -> str:
          oracle["sha256"][:12]],
     ]  # fmt: skip
     engine = f"Engine: {_plain(model['engine'])}, arithmetic {_plain(model['arithmetic'])}."
+    if model["engine_details"]:
+        engine += f" Set up: {_plain(engine_details(model))}."
     return _table(rows, ["", "source", "what", "sha256"]) + "\n\n" + engine
 
 

@@ -7,7 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from pytest_aprt.report import MetricsJson, Number, OriginJson, PointJson, Report, SliceJson
+from pytest_aprt.report import (
+    MetricsJson,
+    ModelJson,
+    Number,
+    OriginJson,
+    PointJson,
+    Report,
+    SliceJson,
+)
 from pytest_aprt.statuses import VERDICTS
 
 SYMBOLS = {
@@ -141,3 +149,8 @@ def by_layer(report: Report) -> dict[int | None, list[PointJson]]:
     for point in report["points"]:
         layers.setdefault(point["layer"], []).append(point)
     return layers
+
+
+def engine_details(model: ModelJson) -> str:
+    """Return how the engine was set up: its parameters, and what it says of itself."""
+    return ", ".join(f"{key} {value}" for key, value in model["engine_details"].items())

@@ -35,16 +35,14 @@ def path_rows(pair: Pair, engine: Any, finals: Sequence[Finals], cosine: float) 
     if not finals or any("lm_head" not in f.model for f in finals):
         return unavailable(PATH, "the traced path exposes no lm_head")
     exact = bool(getattr(raw, "bit_exact", False))
-    rows = [_row(pair, production, f, number, exact, cosine) for number, f in enumerate(finals)]
+    rows = [_row(pair, raw, f, number, exact, cosine) for number, f in enumerate(finals)]
     return [next((row for row in rows if row.broken), rows[0])]
 
 
-def _row(
-    pair: Pair, production: Any, finals: Finals, number: int, exact: bool, cosine: float
-) -> Row:
+def _row(pair: Pair, raw: Any, finals: Finals, number: int, exact: bool, cosine: float) -> Row:
     name, tokens, vocab = PATH[0], list(finals.prompt.tokens), pair.oracle_facts.vocab
     try:
-        found = torch.as_tensor(production(tokens)).detach().to("cpu", torch.float32)
+        found = torch.as_tensor(raw.logits(tokens)).detach().to("cpu", torch.float32)
     except Exception as error:
         return Row(name=name, status="broken", reason=f"cannot be had: it raised {blame(error)}")
     if found.shape not in ((vocab,), (len(tokens), vocab)):
@@ -52,7 +50,24 @@ def _row(
         return Row(name=name, status="broken", reason=f"{said}({len(tokens)}, {vocab})")
     users = found.reshape(-1, vocab)[-1]
     traced = finals.model["lm_head"]
-    return _compared(name, users, traced, {"prompt": number, "bit_exact": exact}, exact, cosine)
+    figures = {"prompt": number, "bit_exact": exact, "changes": _changes(raw, tokens, traced)}
+    return _compared(name, users, traced, figures, exact, cosine)
+
+
+def _changes(raw: Any, tokens: list[int], traced: Tensor) -> dict[str, float]:
+    """Return how far each setting of the production path alone moves the logits (relative L2)."""
+    variants = getattr(raw, "variants", None)
+    if not callable(variants):
+        return {}
+    return {
+        change: _apart(torch.as_tensor(logits).float(), traced)
+        for change, logits in variants(tokens)
+    }
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    norm = float(b.double().norm())
+    return float((a.double() - b.double()).norm()) / (norm or 1.0)
 
 
 def _compared(
@@ -62,7 +77,7 @@ def _compared(
     norms = float(a.norm()), float(b.norm())
     figures |= {
         "same_bits": torch.equal(users, traced),
-        "rel_l2": float((a - b).norm()) / (norms[1] or 1.0),
+        "rel_l2": _apart(users, traced),
         "cosine": float(a @ b) / ((norms[0] * norms[1]) or 1.0),
         "users_token": int(a.argmax()),
         "traced_token": int(b.argmax()),
@@ -77,7 +92,12 @@ def _compared(
         why = f"cosine {figures['cosine']:.6f}, threshold {cosine}"
     elif gap > 0:
         status = "near-tie"
-    reason = f"{_VERDICT} ({why})" if why else ""
+    reason = f"{_VERDICT} ({why})" if why else _said(figures["changes"])
     if status == "near-tie":
         reason = f"flip between near-tied tokens, relative gap {gap:.2g}: rounding decides"
     return Row(name=name, status="broken" if why else status, reason=reason, figures=figures)
+
+
+def _said(changes: dict[str, float]) -> str:
+    told = ", ".join(f"{change} {distance:.1e}" for change, distance in changes.items())
+    return f"relative L2 of the logits by {told}" if told else ""

@@ -1,0 +1,72 @@
+"""Which engine a run has, by what the options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_aprt.capture import CheckedEngine, Engine
+from pytest_aprt.forward import BuiltinRunner
+
+if TYPE_CHECKING:
+    from pytest_aprt.pair import Pair
+    from pytest_aprt.sides import Sides
+    from pytest_aprt.settings import Settings
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An engine, its name, and how it was set up (known in full once it has run)."""
+
+    engine: Engine
+    name: str
+    details: Callable[[], Mapping[str, Any]] = dict
+
+
+def engine_of(pair: Pair | Sides, settings: Settings, user_engine: Any | None) -> Chosen:
+    """Return the engine of a run.
+
+    Args:
+        pair: the opened sides.
+        settings: what was asked.
+        user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
+
+    Raises:
+        AprtError: the engine is not installed, or cannot be set up as asked.
+    """
+    if user_engine is not None:
+        name = f"{type(user_engine).__module__}.{type(user_engine).__qualname__}"
+        return _checked(pair, user_engine, name)
+    if settings.model_kind == "dump":
+        from pytest_aprt.dump import DumpRunner
+        from pytest_aprt.dump_checks import CheckedDump
+
+        dump = DumpRunner.open(settings.model)
+        if not dump.has_manifest:
+            return Chosen(CheckedDump(dump, pair, settings.model), "dump")
+        return _checked(pair, dump, settings.model, "dump")
+    return _ENGINES[settings.engine](pair, settings)
+
+
+def _checked(pair: Pair, engine: Any, source: str, name: str = "") -> Chosen:
+    checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, source)
+    return Chosen(checked, name or source, lambda: getattr(engine, "details", {}))
+
+
+def _builtin(pair: Pair, settings: Settings) -> Chosen:
+    return Chosen(BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin")
+
+
+def _llamacpp(pair: Pair, settings: Settings) -> Chosen:
+    from pytest_aprt.engines.llamacpp import LlamaCpp
+
+    engine = LlamaCpp(pair.gguf.path, pair.model_facts, pair.architecture, settings.engine_options)
+    return _checked(pair, engine, "llama.cpp")
+
+
+_ENGINES: dict[str, Callable[[Pair, Settings], Chosen]] = {
+    "auto": _builtin,
+    "builtin": _builtin,
+    "llama.cpp": _llamacpp,
+}
