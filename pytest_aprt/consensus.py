@@ -41,6 +41,11 @@ class Reading:
         """Whether nothing but rounding is left."""
         return self.worst is None or self.worst.excess <= 1
 
+    @property
+    def undoubted(self) -> float:
+        """The worst slice's relative error, without what lies on the edge of two roundings."""
+        return 0.0 if self.worst is None else self.worst.excess * self.arithmetic.tolerance.base
+
 
 def group_of(point: Point, bracket: Sequence[Point]) -> Group:
     """Return the group that a point votes in."""
@@ -63,10 +68,16 @@ class Tally:
             self._support[reading.arithmetic.name] += 1
             self._known.setdefault(reading.arithmetic.name, reading.arithmetic)
 
-    def leader(self, group: Group) -> Arithmetic | None:
-        """Return the arithmetic to try first, once enough points were read in all of them."""
-        known = self._groups.get(group, ())
-        return self.choice(group) if len(known) >= _ENOUGH else None
+    def leaders(self, group: Group) -> list[Arithmetic]:
+        """Return the arithmetics to try first, once enough points were read in all of them.
+
+        All that explain most points so far: two may do until a point tells them apart, and
+        every point must have been read in the one that is chosen in the end.
+        """
+        if len(self._groups.get(group, ())) < _ENOUGH:
+            return []
+        count = Counter(r.arithmetic.name for point in self._groups[group] for r in point)
+        return [self._known[name] for name in count if count[name] == max(count.values())]
 
     def choice(self, group: Group) -> Arithmetic:
         """Return the arithmetic that explains most points of a group, and of these the nearest."""

@@ -318,11 +318,10 @@ def _readings(
     if first.explains:
         replays.tally.add(group, (first,) if votes and first.worst is not None else ())
         return (first,)
-    leader = replays.tally.leader(group)
-    if leader in others:
-        reading = _reading(point, value, replays, view, leader)
-        if reading is not None and reading.explains:
-            return first, reading
+    leaders = [a for a in replays.tally.leaders(group) if a in others]
+    led = [_reading(point, value, replays, view, arithmetic) for arithmetic in leaders]
+    if leaders and all(reading is not None and reading.explains for reading in led):
+        return first, *(reading for reading in led if reading is not None)
     dtype = next((d for d in ("bfloat16", "float16") if fits(value, d)), "float32")
     found = [
         reading
@@ -354,8 +353,12 @@ def _is_far_better(reading: Reading, exact: Reading, *, across: bool) -> bool:
     """Rounding that is emulated leaves a tenth of the error at most; a dtype shows in the bits.
 
     Across missing stages the inputs of a rounding are known to a few ulps only, and a block that
-    goes the other way leaves more.
+    goes the other way leaves more. What lies on the edge between two roundings does not count: one
+    such value that went the other way may be a good part of a small matmul's error.
     """
     if reading.arithmetic.storage != "float32":
         return True
-    return (2 if across else 10) * reading.local.rel_l2 <= exact.local.rel_l2
+    better = 2 if across else 10
+    if better * reading.local.rel_l2 <= exact.local.rel_l2:
+        return True
+    return not across and better * reading.undoubted <= exact.undoubted
