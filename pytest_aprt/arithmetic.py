@@ -125,7 +125,7 @@ GGML_INPUTS = {
     "F16": "float16",
     "BF16": "bfloat16",
     **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "q8_0"),
-    **dict.fromkeys(("Q4_1", "Q5_1"), "q8_1"),
+    **dict.fromkeys(("Q4_1", "Q5_1"), "q8_1 sums"),
     **dict.fromkeys(
         ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S",
          "IQ3_XXS", "IQ3_S", "IQ4_XS", "TQ1_0", "TQ2_0"), "q8_k"),

@@ -199,13 +199,17 @@ def _linear(tensors: tuple[str, ...], context: Context, x: Input) -> Reference:
     doubts: list[Tensor | None] = []
     for name in tensors:
         inputs = context.rounded("inputs", x, context.types.get(name, ""))
-        if inputs.doubt is None and context.arithmetic.weights == "none":
+        exact_sums = inputs.doubt is None and inputs.sums is None
+        if exact_sums and context.arithmetic.weights == "none":
             values.append(_times(context, name, inputs.value).double())
             doubts.append(None)
             continue
         for weight in _weight_chunks(context, name):
             operand = context.rounded("weights", captured_input(weight)).value
-            values.append((inputs.value @ operand.T).double())
+            value = (inputs.value @ operand.T).double()
+            if inputs.sums is not None:
+                value = value + inputs.sums.value.double() @ _minima(inputs, operand).T
+            values.append(value)
             doubts.append(_doubt(inputs, operand))
     doubt = None
     if any(d is not None for d in doubts):
@@ -241,10 +245,19 @@ def _doubt(inputs: Rounded, weight: Tensor) -> Tensor | None:
     if inputs.doubt is None:
         return None
     columns = inputs.doubt.any(0).nonzero()[:, 0]
-    if not len(columns):
+    unsure = inputs.sums is not None and inputs.sums.doubt is not None and inputs.sums.doubt.any()
+    if not len(columns) and not unsure:
         return None
     squares = inputs.doubt[:, columns].square() @ weight[:, columns].square().T
+    if inputs.sums is not None and inputs.sums.doubt is not None:
+        squares += inputs.sums.doubt.square() @ _minima(inputs, weight).square().T.float()
     return DOUBT_SIGMAS * squares.sqrt().double()
+
+
+def _minima(inputs: Rounded, weight: Tensor) -> Tensor:
+    """Return the minimum of each of a weight's blocks, which ggml multiplies by the kept sums."""
+    assert inputs.sums is not None
+    return weight.unflatten(-1, (inputs.sums.value.shape[-1], -1)).amin(-1).double()
 
 
 def _probes(x: Tensor) -> int:

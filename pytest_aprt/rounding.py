@@ -23,10 +23,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Rounded(NamedTuple):
-    """Rounded values, float32, and how far each may be off (None: not at all)."""
+    """Rounded values, float32, and how far each may be off (None: not at all).
+
+    ``sums`` is for formats that keep the sum of a block beside its values, rounded apart: how far
+    the kept sum is from that of the values, and how far it may be off (blocks along the last axis).
+    """
 
     value: Tensor
     doubt: Tensor | None = None
+    sums: Rounded | None = None
 
     def rearranged(self, change: Callable[[Tensor], Tensor]) -> Rounded:
         """Return both after a change of their layout."""
@@ -63,7 +68,9 @@ def _tf32_cut(x: Tensor, off: Tensor | None) -> Rounded:
     return Rounded((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32))
 
 
-def _blocks(size: int, scale_dtype: torch.dtype, signed_peak: bool) -> Rounding:
+def _blocks(
+    size: int, scale_dtype: torch.dtype, signed_peak: bool, keeps_sums: bool = False
+) -> Rounding:
     """Return a rounding to int8 with one scale for every ``size`` values."""
 
     def rounding(x: Tensor, off: Tensor | None) -> Rounded | None:
@@ -95,9 +102,21 @@ def _blocks(size: int, scale_dtype: torch.dtype, signed_peak: bool) -> Rounding:
         if scale_dtype != torch.float32:
             low, high = ((step * (1 + s * scale_margin)).to(scale_dtype).float() for s in (-1, 1))
             doubt = doubt + (high - low).abs().masked_fill(zero, 0.0) * levels.abs()
-        return Rounded((levels * stored).reshape(x.shape), doubt.reshape(x.shape))
+        sums = _kept_sums(levels, step, stored, doubt) if keeps_sums else None
+        return Rounded((levels * stored).reshape(x.shape), doubt.reshape(x.shape), sums)
 
     return rounding
+
+
+def _kept_sums(levels: Tensor, step: Tensor, stored: Tensor, doubt: Tensor) -> Rounded:
+    """Return what ``s`` of ggml's block_q8_1, a float16, has more than the sum of the values."""
+    total = levels.sum(-1, keepdim=True)
+    exact = total * torch.where(stored == 0, 0.0, step)
+    kept = exact.half().float()
+    spacing = kept.abs() * 2.0**-10
+    edge = (exact - kept).abs() * 2 >= spacing * (1 - 2.0**-10)  # nearly half way to the next
+    unsure = torch.where(edge | (doubt != 0).any(-1, keepdim=True), spacing, 0.0)
+    return Rounded((kept - total * stored)[..., 0], unsure[..., 0])
 
 
 ROUNDINGS: dict[str, Rounding] = {
@@ -108,6 +127,7 @@ ROUNDINGS: dict[str, Rounding] = {
     "tf32_cut": _tf32_cut,
     "q8_0": _blocks(32, torch.float16, signed_peak=False),
     "q8_1": _blocks(32, torch.float16, signed_peak=False),
+    "q8_1 sums": _blocks(32, torch.float16, signed_peak=False, keeps_sums=True),
     "q8_k": _blocks(256, torch.float32, signed_peak=True),
 }
 """By the names that ``arithmetic.Arithmetic`` uses."""
