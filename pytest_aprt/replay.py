@@ -257,7 +257,8 @@ def _doubt(inputs: Rounded, weight: Tensor) -> Tensor | None:
 def _minima(inputs: Rounded, weight: Tensor) -> Tensor:
     """Return the minimum of each of a weight's blocks, which ggml multiplies by the kept sums."""
     assert inputs.sums is not None
-    return weight.unflatten(-1, (inputs.sums.value.shape[-1], -1)).amin(-1).double()
+    blocks: Tensor = weight.unflatten(-1, (inputs.sums.value.shape[-1], -1))
+    return blocks.amin(-1).double()
 
 
 def _probes(x: Tensor) -> int:

@@ -11,8 +11,8 @@ from pytest_aprt.forward import BuiltinRunner
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
-    from pytest_aprt.sides import Sides
     from pytest_aprt.settings import Settings
+    from pytest_aprt.sides import Sides
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,24 @@ def engine_of(pair: Pair | Sides, settings: Settings, user_engine: Any | None) -
     return _ENGINES[settings.engine](pair, settings)
 
 
-def _checked(pair: Pair, engine: Any, source: str, name: str = "") -> Chosen:
+def _checked(pair: Pair | Sides, engine: Any, source: str, name: str = "") -> Chosen:
     checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, source)
     return Chosen(checked, name or source, lambda: getattr(engine, "details", {}))
 
 
-def _builtin(pair: Pair, settings: Settings) -> Chosen:
+def _builtin(pair: Pair | Sides, settings: Settings) -> Chosen:
     return Chosen(BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture), "builtin")
 
 
-def _llamacpp(pair: Pair, settings: Settings) -> Chosen:
+def _llamacpp(pair: Pair | Sides, settings: Settings) -> Chosen:
     from pytest_aprt.engines.llamacpp import LlamaCpp
 
+    assert pair.gguf is not None  # no other model is run by it
     engine = LlamaCpp(pair.gguf.path, pair.model_facts, pair.architecture, settings.engine_options)
     return _checked(pair, engine, "llama.cpp")
 
 
-_ENGINES: dict[str, Callable[[Pair, Settings], Chosen]] = {
+_ENGINES: dict[str, Callable[[Pair | Sides, Settings], Chosen]] = {
     "auto": _builtin,
     "builtin": _builtin,
     "llama.cpp": _llamacpp,
