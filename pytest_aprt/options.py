@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 DEFAULT_PROMPT = "What is 2+2?"
 DEFAULT_STEPS = 3
 DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
-ENGINES = ("auto", "builtin", "llama.cpp")
+DEFAULT_ENGINE_TIMEOUT_S = 600
+ENGINES = ("auto", "builtin", "llama.cpp", "command")
 ARITHMETIC_NAMES = (
     "auto", "float32", "float16", "bfloat16", "tf32", "q8", "q8_k", "q8_0", "q8_1",
 )  # fmt: skip
@@ -40,7 +41,8 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option(name="model", kind="value", metavar="SOURCE", is_path=True,
-           help="Model under test: a GGUF file, a folder of APRT dumps, or python:module:factory"),
+           help="Model under test: a GGUF file, a folder of APRT dumps, python:module:factory, or "
+           "what a command reads"),
     Option(name="oracle", kind="value", metavar="SOURCE", is_path=True,
            help="Hugging Face model that the model was made from: a folder or a hub id"),
     Option(name="weights", kind="value", metavar="GGUF", is_path=True,
@@ -49,6 +51,11 @@ OPTIONS = (
            help=f"What runs the model: {', '.join(ENGINES)}"),
     Option(name="engine-option", kind="list", metavar="KEY=VALUE",
            help="Parameter of the engine, such as n_threads=2 for llama.cpp; repeatable"),
+    Option(name="engine-command", kind="value", metavar="COMMAND",
+           help="Program that writes APRT dumps to {out}, with its arguments; also {model}, "
+           "{tokens}, {prompt}, {stages}, {layers}, {weights}, {oracle}"),
+    Option(name="engine-timeout", kind="value", metavar="SECONDS",
+           help=f"Limit for the command, each prompt; default {DEFAULT_ENGINE_TIMEOUT_S}"),
     Option(name="prompt", kind="list", metavar="TEXT",
            help=f"Prompt to run, repeatable; default {DEFAULT_PROMPT!r}"),
     Option(name="prompt-set", kind="list", metavar="NAME",

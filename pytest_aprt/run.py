@@ -66,7 +66,7 @@ def run(
     told = facts_of_run(settings)
     pair = open_pair(headers)
     prompts = prompts_of(settings, pair)
-    chosen = engine_of(pair, settings, user_engine)
+    chosen = engine_of(pair, settings, user_engine, prompts)
     engine = chosen.engine
     profile = _profile(settings, engine)
     if settings.dump is not None:

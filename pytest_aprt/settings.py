@@ -5,6 +5,7 @@ Command line beats ini beats default. Nothing here opens a file or imports numpy
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any, Literal
 
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines import require
+from pytest_aprt.engines.command_line import FLAG, CommandLine
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.options import (
     DEFAULT_COSINE,
+    DEFAULT_ENGINE_TIMEOUT_S,
     DEFAULT_PROMPT,
     DEFAULT_STEPS,
     ENGINES,
@@ -24,23 +27,28 @@ from pytest_aprt.options import (
 )
 from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
 
+ModelKind = Literal["gguf", "dump", "python", "file"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The validated settings of one run.
 
     ``thresholds`` gives each stage its cosine and where that was set. ``weights`` is the GGUF
-    behind the model, which is the model itself where that is a GGUF; None where a dump's is not
-    known. A dump may know its own prompts, so none may be asked for.
+    behind the model, which is the model itself where that is a GGUF; None where it is not known, of
+    a dump or of what only a program reads (kind ``file``). A dump may know its own prompts, so none
+    may be asked for.
     """
 
     model: str
-    model_kind: Literal["gguf", "dump", "python"]
+    model_kind: ModelKind
     oracle: str
     oracle_kind: Literal["huggingface", "dump"]
     weights: str | None
     engine: str
     engine_options: Mapping[str, str]
+    engine_command: CommandLine | None
+    engine_timeout_s: float
     prompts: tuple[str, ...]
     prompt_sets: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -110,13 +118,15 @@ def read_settings(get: Get, *, command: str) -> Settings:
             "--aprt-model needs --aprt-oracle: expected the Hugging Face folder or hub id that the "
             "model was made from"
         )
-    kind = _kind(model)
+    engine = _one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES)
+    kind = _kind(model, engine)
     oracle_kind: Literal["huggingface", "dump"] = "dump" if is_dump(oracle) else "huggingface"
     weights = get("aprt_weights") or (model if kind == "gguf" else None)
     if not weights and kind == "python":
         raise SettingsError(
             f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it runs on"
         )
+    engine_options = _engine_options(get("aprt_engine_option") or ())
     asked, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
     sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
     default = get("aprt_min_cosine")
@@ -129,8 +139,10 @@ def read_settings(get: Get, *, command: str) -> Settings:
         oracle=oracle,
         oracle_kind=oracle_kind,
         weights=weights,
-        engine=_engine(get("aprt_engine") or "auto", kind),
-        engine_options=_engine_options(get("aprt_engine_option") or ()),
+        engine=_engine(engine, kind),
+        engine_options=engine_options,
+        engine_command=_engine_command(get("aprt_engine_command"), engine, engine_options),
+        engine_timeout_s=_seconds("--aprt-engine-timeout", get("aprt_engine_timeout")),
         prompts=asked
         if asked or tokens or sets or "dump" in (kind, oracle_kind)
         else (DEFAULT_PROMPT,),
@@ -150,14 +162,40 @@ def read_settings(get: Get, *, command: str) -> Settings:
     )
 
 
-def _engine(name: str, kind: str) -> str:
-    engine = _one_of("--aprt-engine", name, ENGINES)
-    if engine != "auto" and kind != "gguf":
+def _engine(engine: str, kind: ModelKind) -> str:
+    if engine != "auto" and kind not in ("gguf", "file"):
         raise SettingsError(
-            f"--aprt-engine={engine} is not valid with this --aprt-model: it runs GGUF files"
+            f"--aprt-engine={engine} is not valid with this --aprt-model: it runs "
+            f"{'what a command reads' if engine == 'command' else 'GGUF files'}"
         )
     require(engine)
     return engine
+
+
+def _engine_command(
+    text: str | None, engine: str, options: Mapping[str, str]
+) -> CommandLine | None:
+    """Return the command of the engine ``command``; another engine leaves an ini's alone."""
+    if engine == "command":
+        if not text:
+            raise SettingsError(
+                f"--aprt-engine=command needs {FLAG}: expected a program that writes APRT dumps, "
+                "such as 'my-engine {model} --tokens {tokens} --dump {out}'"
+            )
+        return CommandLine.parse(text, options)
+    if text and engine == "auto":
+        raise SettingsError(f"{FLAG} needs --aprt-engine=command, which runs it")
+    return None
+
+
+def _seconds(flag: str, text: str | None) -> float:
+    try:
+        found = DEFAULT_ENGINE_TIMEOUT_S if text is None else float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < math.inf:
+        raise SettingsError(f"{flag}={text} is not valid: expected seconds, such as 600")
+    return found
 
 
 def _engine_options(texts: Sequence[str]) -> dict[str, str]:
@@ -172,7 +210,7 @@ def _engine_options(texts: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _kind(model: str) -> Literal["gguf", "dump", "python"]:
+def _kind(model: str, engine: str) -> ModelKind:
     if model.startswith(PYTHON_PREFIX):
         if not re.fullmatch(r"\w+(\.\w+)*:\w+", model.removeprefix(PYTHON_PREFIX)):
             raise SettingsError(
@@ -180,6 +218,8 @@ def _kind(model: str) -> Literal["gguf", "dump", "python"]:
             )
         return "python"
     path = Path(model)
+    if engine == "command" and path.exists() and not is_dump(model):
+        return "gguf" if path.is_file() and path.suffix.lower() == ".gguf" else "file"
     if path.is_dir():
         return "dump"
     if path.is_file():

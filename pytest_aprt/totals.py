@@ -60,7 +60,7 @@ def run_totals(
     """
     told = facts_of_run(settings)
     prompts = prompts_of(settings, sides)
-    chosen = engine_of(sides, settings, user_engine)
+    chosen = engine_of(sides, settings, user_engine, prompts)
     engine, name = chosen.engine, chosen.name
     hashes = _hashes(sides, settings)
     if settings.dump is not None:
@@ -144,14 +144,14 @@ def oracle_of(sides: Sides, settings: Settings) -> Engine:
 
 def _hashes(sides: Sides, settings: Settings) -> dict[str, str]:
     """Return the sha256 of each side's weights; of a dump what its manifest says, or nothing."""
-    found = {}
+    found = dict.fromkeys(("model", "oracle"), "")
     for side, file, source in (
         ("model", sides.gguf, settings.model),
         ("oracle", sides.oracle, settings.oracle),
     ):
         if file is not None:
             found[side] = file.sha256()
-        else:
+        elif source in settings.dumps:
             found[side] = str(DumpRunner.open(source).recorded(f"{side}_sha256") or "")
     return found
 

@@ -55,7 +55,8 @@ def bench_of(engine=None):
     def opened():
         pair = _pair()
         if engine is None:
-            return Opened(pair, engine_of(pair, settings, None).engine, prompts_of(settings, pair))
+            prompts = prompts_of(settings, pair)
+            return Opened(pair, engine_of(pair, settings, None, prompts).engine, prompts)
         checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "test")
         return Opened(pair, checked, prompts_of(settings, pair))
 

@@ -67,8 +67,8 @@ def test_help_starts_with_a_capital_and_has_no_full_stop(option):
 def test_flag_and_key_are_twins():
     assert [option.flag for option in OPTIONS] == [
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine",
-        "--aprt-engine-option", "--aprt-prompt", "--aprt-prompt-set", "--aprt-tokens",
-        "--aprt-stages", "--aprt-layers",
+        "--aprt-engine-option", "--aprt-engine-command", "--aprt-engine-timeout",
+        "--aprt-prompt", "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
         "--aprt-threads", "--aprt-strict", "--aprt-contracts", "--aprt-run-shell",
         "--aprt-shell-timeout", "--aprt-ledger", "--aprt-dump", "--aprt-report", "--aprt-baseline",
@@ -201,6 +201,52 @@ def test_an_oracle_that_is_a_dump(read, tmp_path, files, kind):
     settings = read(aprt_oracle=str(tmp_path))
     assert settings.oracle_kind == kind
     assert settings.only_total == (kind == "dump")
+
+
+# Programs as engines
+
+COMMAND = {"aprt_engine": "command", "aprt_engine_command": "true {model} {out}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("model.apr", "file"), ("model", "file"), ("a.GGUF", "gguf")]
+)
+def test_a_command_reads_what_it_likes(read, tmp_path, name, kind):
+    (tmp_path / name).touch()
+    path = str(tmp_path / name)
+    settings = read(aprt_model=path, **COMMAND)
+    assert settings.model_kind == kind
+    assert settings.weights == (path if kind == "gguf" else None)
+    assert read(aprt_model=path, aprt_weights="a.gguf", **COMMAND).weights == "a.gguf"
+    assert settings.engine_command.arguments == ("true", "{model}", "{out}")
+    assert settings.engine_timeout_s == 600
+
+
+def test_a_folder_may_be_what_a_command_reads(read, tmp_path):
+    (tmp_path / "weights.npz").touch()
+    assert read(aprt_model=str(tmp_path), **COMMAND).model_kind == "file"
+    (tmp_path / "lm_head.bin").touch()
+    assert "engine=command is not valid with this" in refusal(
+        read, aprt_model=str(tmp_path), **COMMAND
+    )
+
+
+def test_a_command_of_an_ini_does_not_stand_in_the_way_of_another_engine(read):
+    assert read(**{**COMMAND, "aprt_engine": "builtin"}).engine_command is None
+    assert refusal(read, aprt_engine_command="true {out}") == (
+        "--aprt-engine-command needs --aprt-engine=command, which runs it"
+    )
+    assert refusal(read, aprt_engine="command").startswith(
+        "--aprt-engine=command needs --aprt-engine-command: expected a program that writes APRT "
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", ""])
+def test_a_time_limit_is_a_number_of_seconds(read, value):
+    assert refusal(read, aprt_engine_timeout=value) == (
+        f"--aprt-engine-timeout={value} is not valid: expected seconds, such as 600"
+    )
+    assert read(aprt_engine_timeout="1.5").engine_timeout_s == 1.5
 
 
 # Wrong values

@@ -175,8 +175,9 @@ class ContractPlugin:
             raise BlockedError("the model cannot be run again: give --aprt-weights and an oracle "
                                "that is no dump")  # fmt: skip
         pair = open_pair(open_headers(settings.weights, settings.oracle))
-        chosen = engine_of(pair, settings, user_engine(self.config, settings))
-        return Opened(pair, chosen.engine, prompts_of(settings, pair))
+        prompts = prompts_of(settings, pair)
+        chosen = engine_of(pair, settings, user_engine(self.config, settings), prompts)
+        return Opened(pair, chosen.engine, prompts)
 
     # -- outcomes ----------------------------------------------------------------------------------
 

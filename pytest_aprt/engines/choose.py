@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from pytest_aprt.capture import CheckedEngine, Engine
 from pytest_aprt.forward import BuiltinRunner
 
 if TYPE_CHECKING:
+    from pytest_aprt.measure import Prompt
     from pytest_aprt.pair import Pair
     from pytest_aprt.settings import Settings
     from pytest_aprt.sides import Sides
@@ -24,13 +25,16 @@ class Chosen:
     details: Callable[[], Mapping[str, Any]] = dict
 
 
-def engine_of(pair: Pair | Sides, settings: Settings, user_engine: Any | None) -> Chosen:
+def engine_of(
+    pair: Pair | Sides, settings: Settings, user_engine: Any | None, prompts: Sequence[Prompt]
+) -> Chosen:
     """Return the engine of a run.
 
     Args:
         pair: the opened sides.
         settings: what was asked.
         user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
+        prompts: of the run.
 
     Raises:
         AprtError: the engine is not installed, or cannot be set up as asked.
@@ -46,7 +50,19 @@ def engine_of(pair: Pair | Sides, settings: Settings, user_engine: Any | None) -
         if not dump.has_manifest:
             return Chosen(CheckedDump(dump, pair, settings.model), "dump")
         return _checked(pair, dump, settings.model, "dump")
+    if settings.engine == "command":
+        return _command(pair, settings, prompts)
     return _ENGINES[settings.engine](pair, settings)
+
+
+def _command(pair: Pair | Sides, settings: Settings, prompts: Sequence[Prompt]) -> Chosen:
+    from pytest_aprt.engines.command import Command, values_of
+
+    line = settings.engine_command
+    assert line is not None  # the settings see to it
+    values = values_of(pair, settings.model, settings.weights)
+    engine = Command(line, values, pair, prompts, settings.engine_timeout_s)
+    return Chosen(engine, "command", lambda: engine.details)
 
 
 def _checked(pair: Pair | Sides, engine: Any, source: str, name: str = "") -> Chosen:

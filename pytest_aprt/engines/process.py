@@ -1,15 +1,18 @@
-"""An engine in a process of its own: what it writes is read as it comes, its end is explained."""
+"""Engines in processes of their own: what they write is read, their end is explained."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import IO, cast
 
 from pytest_aprt.errors import EngineError
 
@@ -74,9 +77,7 @@ class Child:
 
     def _ended(self) -> EngineError:
         code = self._process.wait()
-        self._errors.seek(0)
-        printed = self._errors.read().decode(errors="replace")
-        return EngineError(f"{self._name} {ending(code)}: {tail(printed)}")
+        return EngineError(f"{self._name} {ending(code)}: {tail(_text(self._errors))}")
 
     def __exit__(
         self,
@@ -90,6 +91,49 @@ class Child:
         self._out.close()
         self._process.wait()
         self._errors.close()
+
+
+def finished(
+    command: Sequence[str],
+    timeout_s: float,
+    folder: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run a program to its end, and return its exit code and what it printed.
+
+    At the limit, and where this process is interrupted, it ends with all its children.
+
+    Args:
+        command: the program and its arguments; no shell sees them.
+        timeout_s: the limit.
+        folder: the current folder, if another one.
+        env: the environment, if another one.
+
+    Raises:
+        subprocess.TimeoutExpired: the limit was reached; it holds what was printed.
+        OSError: the program cannot be started.
+    """
+    # A file and not a pipe: a child that lives on cannot keep it from being read.
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=printed,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout_s)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the session that was started above
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.output = _text(printed)
+            raise
+        return code, _text(printed)
+
+
+def _text(printed: IO[bytes]) -> str:
+    printed.seek(0)
+    return printed.read().decode(errors="replace")
 
 
 def ending(code: int) -> str:

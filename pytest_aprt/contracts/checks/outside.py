@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from pytest_aprt.contracts.references import root_of
 from pytest_aprt.contracts.subject import BlockedError, Finding, Subject
+from pytest_aprt.engines.process import finished
 
 _TAIL = 400  # characters of output that a detail shows
 NOT_RUN = {5: "no test was collected", 4: "the node cannot be run"}
@@ -54,19 +53,8 @@ def run_limited(
         BlockedError: the limit was reached, or the command cannot be started.
     """
     try:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        return finished(command, timeout_s, folder, env)
     except OSError as error:
         raise BlockedError(f"{command[0]} cannot be started: {error.strerror}") from error
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the session that was started above
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise BlockedError(f"stopped after {timeout_s:g} s") from None
-        raise
-    return process.returncode, output
+    except subprocess.TimeoutExpired:
+        raise BlockedError(f"stopped after {timeout_s:g} s") from None
