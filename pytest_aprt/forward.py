@@ -9,7 +9,8 @@ Everything is float32. Nothing here is shared with the oracle or with the replay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, Architecture
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.facts import Facts, RopeScaling
+from pytest_aprt.matrices import together, until
 from pytest_aprt.weights import WeightSource, logits, times
 
 
@@ -53,32 +55,51 @@ class BuiltinRunner:
     def decode(self, tokens: Sequence[int], forced: Sequence[int]) -> Iterator[list[LayerStages]]:
         """Prefill ``tokens``, then yield the stages of one step with the KV cache per forced token.
 
-        Layer after layer, as no step waits for logits: weights are read once for all steps.
+        Prompt and steps take each layer side by side, each waiting for the cache of the one before
+        it alone, as none waits for logits: weights are read once for all of them.
         """
         facts, scale, count = self._facts, self._architecture.embedding_scale, len(tokens)
-        x = embedding(self._weights, tokens, scale)
-        inputs = list(embedding(self._weights, forced, scale).split(1))  # (1, H) each
-        angles, stretch = rope_angles(facts, count + len(forced))
-        steps: list[list[LayerStages]] = [[] for _ in forced]
+        x = embedding(self._weights, [*tokens, *forced], scale)
+        inputs = x.split([count, *(1 for _ in forced)])  # (T, H), then (1, H) each
+        angles, stretch = rope_angles(facts, len(x))
+        found: list[list[LayerStages]] = [[] for _ in inputs]
+
+        def run(index: int, cache: Cache, turn: int) -> dict[str, Tensor]:
+            x, end = inputs[turn], count + turn
+            at = slice(end - len(x), end)
+            stages = {"embedding": x} if index == 0 else {}
+            mask = causal_mask(end, facts.windows[index])[at]
+            layer(stages, x, self._weights.layer(index), angles[at], stretch, mask, facts,
+                  self._architecture, partial(cache.extend, turn))  # fmt: skip
+            return stages
+
         for index in range(facts.layers):
-            mask = causal_mask(count + len(forced), facts.windows[index])
-            weights, stages = self._weights.layer(index), dict[str, Tensor]()
-            cache = layer(stages, x, weights, angles[:count], stretch, mask[:count, :count], facts,
-                          self._architecture)  # fmt: skip
-            x = stages["post_ffn_residual"]
-            for step, row in enumerate(range(count, count + len(forced))):
-                stages = {"embedding": inputs[step]} if index == 0 else {}
-                seen = mask[row : row + 1, : row + 1]
-                cache = layer(stages, inputs[step], weights, angles[row : row + 1], stretch, seen,
-                              facts, self._architecture, cache)  # fmt: skip
-                inputs[step] = stages["post_ffn_residual"]
-                steps[step].append(LayerStages(index, stages))
-        final = rms_norm(torch.cat(inputs), self._weights.tensor(FINAL_NORM), facts.eps,
+            cache = Cache()
+            outputs = together([partial(run, index, cache, turn) for turn in range(len(inputs))])
+            inputs = tuple(stages["post_ffn_residual"] for stages in outputs)
+            for layers, stages in zip(found, outputs, strict=True):
+                layers.append(LayerStages(index, stages))
+        final = rms_norm(torch.cat(inputs[1:]), self._weights.tensor(FINAL_NORM), facts.eps,
                          self._architecture)  # fmt: skip
         head = logits(self._weights, final, facts.vocab)
-        for step, found in enumerate(steps):
+        for step, layers in enumerate(found[1:]):
             whole = {"final_norm": final[step : step + 1], "lm_head": head[step]}
-            yield [*found, LayerStages(None, whole)]
+            yield [*layers, LayerStages(None, whole)]
+
+
+class Cache:
+    """K and V of one layer, (S, g, D), which the prompt and then each step extend in their turn."""
+
+    def __init__(self) -> None:
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def extend(self, turn: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add K and V of some tokens once those before are there, and return all."""
+        until(lambda: len(self._keys) == turn)
+        self._keys.append(k)
+        self._values.append(v)
+        return torch.cat(self._keys), torch.cat(self._values)
 
 
 def layer(
@@ -90,9 +111,12 @@ def layer(
     mask: Tensor,  # (T, T), with a cache of S tokens (T, S+T)
     f: Facts,
     a: Architecture,
-    cache: tuple[Tensor, Tensor] | None = None,  # (S, g, D) each
-) -> tuple[Tensor, Tensor]:
-    """Fill ``stages`` with one decoder layer applied to ``x``; return K and V of all tokens."""
+    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Fill ``stages`` with one decoder layer applied to ``x``.
+
+    ``extend`` is given K and V of the T tokens, (T, g, D), and returns those of all, (S+T, g, D).
+    """
     s = stages
     n, g, d = f.heads, f.kv_heads, f.head_dim
 
@@ -112,8 +136,8 @@ def layer(
     q = rotate(q, angles, stretch, a)  # (T, n, D)
     k = rotate(k, angles, stretch, a)  # (T, g, D)
     s["q_post_rope"], s["k_post_rope"] = q.flatten(1), k.flatten(1)
-    if cache is not None:
-        k, v = torch.cat([cache[0], k]), torch.cat([cache[1], v])  # (S+T, g, D)
+    if extend is not None:
+        k, v = extend(k, v)  # (S+T, g, D)
 
     shared = torch.arange(n) // (n // g)  # the kv head that each head reads
     scores = torch.einsum("tnd,snd->nts", q, k[:, shared]) / math.sqrt(d)  # (n, T, T)
@@ -133,7 +157,6 @@ def layer(
     s["ffn_swigl"] = s["ffn_silu"] * s["ffn_up"]
     s["ffn_out"] = times(w, "mlp.down_proj.weight", s["ffn_swigl"])  # (T, H)
     s["post_ffn_residual"] = s["post_attn_residual"] + s["ffn_out"]
-    return k, v
 
 
 def embedding(weights: WeightSource, tokens: Sequence[int], scale: float) -> Tensor:

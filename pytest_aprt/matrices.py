@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -41,14 +41,15 @@ Watch = Callable[[str, int, Tensor, Tensor], None]
 class Matrix:
     """A weight matrix, (rows, columns) float32, that is read piece by piece.
 
-    ``side`` is ``model`` or ``oracle``; ``order`` sorts the matrices of a layer as they are used.
+    ``side`` is ``model`` or ``oracle``; ``order`` is the layer and the place in it, equal on both
+    sides: it sorts the matrices as they are used.
     ``fetch`` says that it is soon to be read, ``read`` fills some of its rows into a buffer, and
     ``leave`` lets go of what mirrors the file.
     """
 
     name: str
     side: str
-    order: int
+    order: tuple[int, int]
     rows: int
     columns: int
     fetch: Callable[[], None]
@@ -66,6 +67,14 @@ class Matrix:
         found = buffer(self.side, (len(rows), self.columns))
         self.read(rows, found)
         return found
+
+    def part(self, rows: range) -> Matrix:
+        """Return some of the rows as a matrix, which leaves its pages to the whole one."""
+
+        def read(wanted: range, out: Tensor) -> None:
+            self.read(range(rows.start + wanted.start, rows.start + wanted.stop), out)
+
+        return replace(self, rows=len(rows), read=read, leave=lambda: None)
 
     def times(self, x: Tensor) -> Tensor:
         """Return ``x @ self.T``: (..., columns) to (..., rows), together with others if there are.
@@ -88,6 +97,10 @@ class _Request(NamedTuple):
 
 class _Until(NamedTuple):
     condition: Callable[[], bool]
+
+
+class _More(NamedTuple):
+    functions: Sequence[Callable[[], Any]]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -117,47 +130,87 @@ class _Lane(greenlet):  # type: ignore[misc]  # greenlet is not typed
 def together(functions: Sequence[Callable[[], _T]], watch: Watch | None = None) -> list[_T]:
     """Call functions side by side in this thread, and return what they return.
 
-    Each runs until it needs a product with a Matrix. The matrix that comes first in its layer is
-    then read once for all who wait for it. What one of them raises ends all of them.
+    Each runs until it needs a product with a Matrix. The matrix that comes first is then read once
+    for all who wait for it. What one of them raises ends all of them. Called from within one of
+    them, its functions run side by side with the others too.
 
     Args:
         functions: what to call.
         watch: shown every piece of which both the model's and the oracle's side are at hand.
     """
-    lanes = [_Lane(function) for function in functions]
-    waiting: dict[_Lane, _Request] = {}
-    idle: dict[_Lane, _Until] = {}
-    returned: dict[_Lane, _T] = {}
-
-    def go_on(lane: _Lane, *value: Tensor | bool) -> None:
-        found = lane.switch(*value)
-        if lane.dead:
-            returned[lane] = found
-        elif isinstance(found, _Until):
-            idle[lane] = found
-        else:
-            waiting[lane] = found
-
+    caller = getcurrent()
+    if isinstance(caller, _Lane):
+        joined: list[_T] = caller.parent.switch(_More(functions))
+        return joined
+    running = _Running(watch)
     try:
-        for lane in lanes:
-            go_on(lane)
-        while waiting or idle:
-            ready = [lane for lane, wait in idle.items() if wait.condition()]
-            for lane in ready or ([] if waiting else list(idle)):
-                del idle[lane]
-                go_on(lane, bool(ready))
-            if ready or not waiting:
-                continue
-            first = min(waiting.values(), key=lambda request: request.matrix.order).matrix.name
-            served = [lane for lane, (matrix, _) in waiting.items() if matrix.name == first]
-            requests = [waiting.pop(lane) for lane in served]
-            for lane, product in zip(served, _products(requests, watch), strict=True):
-                go_on(lane, product)
+        return running.results(running.start(functions))
     finally:
+        running.end()
+
+
+class _Running:
+    """The functions that run side by side, and what each of them waits for."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = watch
+        self._lanes: list[_Lane] = []
+        self._waiting: dict[_Lane, _Request] = {}
+        self._idle: dict[_Lane, _Until] = {}
+        self._joining: dict[_Lane, list[_Lane]] = {}  # for others to end
+        self._returned: dict[_Lane, Any] = {}
+
+    def start(self, functions: Sequence[Callable[[], Any]]) -> list[_Lane]:
+        """Call each until it waits, and return what runs them."""
+        lanes = [_Lane(function) for function in functions]
+        self._lanes += lanes
         for lane in lanes:
+            self._go_on(lane)
+        return lanes
+
+    def results(self, lanes: Sequence[_Lane]) -> list[Any]:
+        """Let all go on to their ends, and return what ``lanes`` returned."""
+        while self._waiting or self._idle or self._joining:
+            if not self._woken():
+                self._serve()
+        return [self._returned[lane] for lane in lanes]
+
+    def end(self) -> None:
+        """Stop those that have not ended."""
+        for lane in self._lanes:
             if not lane.dead:
                 lane.throw(GreenletExit)
-    return [returned[lane] for lane in lanes]
+
+    def _go_on(self, lane: _Lane, *value: object) -> None:
+        found = lane.switch(*value)
+        if lane.dead:
+            self._returned[lane] = found
+        elif isinstance(found, _Until):
+            self._idle[lane] = found
+        elif isinstance(found, _More):
+            self._joining[lane] = self.start(found.functions)
+        else:
+            self._waiting[lane] = found
+
+    def _woken(self) -> bool:
+        """Let those go on whose wait is over; with nothing else to do, all that wait in vain."""
+        joined = [j for j, lanes in self._joining.items() if all(lane.dead for lane in lanes)]
+        for lane in joined:
+            self._go_on(lane, [self._returned[each] for each in self._joining.pop(lane)])
+        ready = [lane for lane, wait in self._idle.items() if wait.condition()]
+        in_vain = [] if joined or self._waiting else list(self._idle)
+        for lane in ready or in_vain:
+            del self._idle[lane]
+            self._go_on(lane, bool(ready))
+        return bool(joined or ready or in_vain)
+
+    def _serve(self) -> None:
+        """Read the matrix that comes first, for all who wait for it."""
+        first = min(request.matrix.order for request in self._waiting.values())
+        served = [lane for lane, (matrix, _) in self._waiting.items() if matrix.order == first]
+        requests = [self._waiting.pop(lane) for lane in served]
+        for lane, product in zip(served, _products(requests, self._watch), strict=True):
+            self._go_on(lane, product)
 
 
 def compare(model: Matrix, oracle: Matrix, watch: Watch) -> None:
@@ -219,7 +272,8 @@ def available_cores() -> int:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "aprt")
+    # A new thread's first product would otherwise use as many threads as there are cores.
+    return ThreadPoolExecutor(threads, "aprt", torch.set_num_threads, (1,))
 
 
 def in_threads(function: Callable[[_U], object], items: Iterable[_U]) -> None:

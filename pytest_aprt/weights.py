@@ -130,9 +130,9 @@ class HfWeights:
 
     def matrix(self, name: str) -> Matrix:
         """Return a whole-model matrix, to be read in pieces."""
-        return self._matrix(self.name_of(name), name, 0)
+        return self._matrix(self.name_of(name), name, (self._facts.layers, 0))
 
-    def _matrix(self, stored: str, name: str, order: int) -> Matrix:
+    def _matrix(self, stored: str, name: str, order: tuple[int, int]) -> Matrix:
         rows, columns = self._folder.shape(stored)
 
         def read(wanted: range, out: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class HfWeights:
         return Layer(
             lambda suffix: self._folder.tensor(self.name_in(index, suffix)),
             names,
-            {s: self._matrix(name, s, names.index(s)) for s, name in large.items()},
+            {s: self._matrix(name, s, (index, names.index(s))) for s, name in large.items()},
         )
 
 
@@ -192,10 +192,10 @@ class GgufWeights:
 
     def matrix(self, name: str) -> Matrix:
         """Return a whole-model matrix, to be read in pieces."""
-        return self._matrix(self.name_of(name), name, 0, None)
+        return self._matrix(self.name_of(name), name, (self._facts.layers, 0), None)
 
     def _matrix(
-        self, stored: str, name: str, order: int, permutation: torch.Tensor | None
+        self, stored: str, name: str, order: tuple[int, int], permutation: torch.Tensor | None
     ) -> Matrix:
         rows, columns = self._file.info(stored).shape
 
@@ -216,7 +216,7 @@ class GgufWeights:
                 rows = self._in_hf_order(suffix, torch.arange(layer_shape(suffix, self._facts)[0]))
                 permuted = suffix in ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
                 large[suffix] = self._matrix(
-                    stored, suffix, names.index(suffix),
+                    stored, suffix, (index, names.index(suffix)),
                     rows if permuted and self._architecture.permuted_qk else None,
                 )  # fmt: skip
         return Layer(lambda suffix: self.layer_tensor(index, suffix), names, large)

@@ -29,7 +29,9 @@ class Counted:
         self.values = torch.randn(1000, 64, generator=generator)
         self.reads = torch.zeros(1000)
         self.left = 0
-        self.matrix = Matrix(name, side, order, 1000, 64, lambda: None, self._read, self._leave)
+        self.matrix = Matrix(
+            name, side, (0, order), 1000, 64, lambda: None, self._read, self._leave
+        )
 
     def _read(self, rows: range, out: torch.Tensor) -> None:
         self.reads[rows.start : rows.stop] += 1
@@ -106,6 +108,47 @@ def test_waiting_for_one_another():
     assert done == ["first", "second"]
 
 
+def test_those_within_run_beside_those_without():
+    w = Counted()
+    x = torch.randn(2, 64)
+    product = x @ w.values.T
+
+    def one():
+        return w.matrix.times(x)
+
+    def several():
+        return together([one, one, lambda: "third"])
+
+    found = together([one, several, lambda: together([several])])
+    torch.testing.assert_close(found[0], product, rtol=1e-5, atol=1e-5)
+    assert [f if isinstance(f, str) else len(f) for f in (*found[1], *found[2][0])] == [
+        2, 2, "third", 2, 2, "third"
+    ]  # fmt: skip
+    assert set(w.reads.tolist()) == {1}
+
+
+def test_an_error_within_ends_all():
+    def fails():
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        together([lambda: together([fails]), lambda: None])
+
+
+def test_waiting_within_for_what_never_comes():
+    with pytest.raises(RuntimeError, match="not to come"):
+        together([lambda: together([lambda: until(lambda: False)])])
+
+
+def test_a_part_is_some_of_the_rows():
+    w = Counted()
+    x = torch.randn(2, 64)
+    found = w.matrix.part(range(300, 700)).times(x)
+    torch.testing.assert_close(found, x @ w.values[300:700].T, rtol=1e-5, atol=1e-5)
+    assert w.reads.sum() == w.reads[300:700].sum() == 400
+    assert w.left == 0
+
+
 def test_waiting_for_what_never_comes():
     with pytest.raises(RuntimeError, match="not to come"):
         together([lambda: until(lambda: False), lambda: None])
@@ -137,6 +180,29 @@ def test_an_error_in_a_thread(threads):
 
     with compute_threads(threads), pytest.raises(ValueError, match="broken"):
         in_threads(fails, range(10))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_reads_every_matrix_once(family, monkeypatch):
+    """Prompt and steps share the reading, and say what they say with matrices that are held."""
+    found, formed = [], matrices._products
+    for whole in (1 << 22, 0):
+        monkeypatch.setattr(weights, "WHOLE", whole)
+        pair = fixture_pair(family)
+        reads = []
+
+        def products(requests, watch, reads=reads):
+            reads.append(requests[0].matrix.order)
+            return formed(requests, watch)
+
+        monkeypatch.setattr(matrices, "_products", products)
+        engine = BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
+        found.append(list(engine.decode(TOKENS, (3, 1, 4))))
+    assert len(reads) == len(set(reads)) == 7 * pair.model_facts.layers + 1
+    for held, streamed in zip(*found, strict=True):
+        for (layer, a), (_, b) in zip(held, streamed, strict=True):
+            for name, value in a.items():
+                assert (b[name] - value).norm() <= 1e-5 * value.norm(), (layer, name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

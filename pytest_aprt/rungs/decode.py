@@ -7,15 +7,15 @@ cache's state, and its logits with those of shadow and oracle, as the logits run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import AprtError, CaptureError, blame
+from pytest_aprt.matrices import together
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.rungs import Row, decode_names, unavailable
 from pytest_aprt.rungs.logits import SIDES, Logits, heads, row_of, summarised
@@ -77,41 +77,47 @@ def decode_rows(pair: Pair, engine: Any, finals: Sequence[Finals], steps: int) -
     if "lm_head" not in longest.model:
         return unavailable(asked, "the model's side does not expose lm_head")
     oracle = TransformersRunner(pair.config, pair.oracle_weights)
-    forced, normed = _greedy(oracle, prompt, longest.oracle["lm_head"], steps)
+    forced = _greedy(oracle, prompt, longest.oracle["lm_head"], steps)
     try:
-        found = _steps(pair, engine, decode, prompt, forced, normed)
-        text = _texts(pair, decode, longest, forced, found)
+        found = _steps(pair, engine, decode, oracle, prompt, forced)
     except CaptureError as error:
         return [Row(name=name, status="broken", reason=str(error)) for name in asked[:1]] + (
             unavailable(asked[1:], "the engine's decode failed")
         )
     before = _apart(longest.model["lm_head"], longest.shadow["lm_head"])
+    text = _text_row(pair, longest, forced, found)
     return [*(_step_row(pair, step) for step in found), _growth_row(found, before), text]
 
 
 def _greedy(
     oracle: TransformersRunner, prompt: Sequence[int], logits: Tensor, steps: int
-) -> tuple[tuple[int, ...], Tensor]:
-    """Return the oracle's tokens, and its final norm after each of them: (steps, H)."""
+) -> tuple[int, ...]:
+    """Return the oracle's tokens, given its logits after the prompt."""
     forced = [int(logits.argmax())]
-    while True:
+    while len(forced) < steps:
         *_, last = oracle.layers((*prompt, *forced))
-        if len(forced) == steps:
-            return tuple(forced), last.stages["final_norm"][-steps:]
         forced.append(int(last.stages["lm_head"].argmax()))
+    return tuple(forced)
 
 
 def _steps(
     pair: Pair,
     engine: Any,
     decode: Callable[..., Any],
+    oracle: TransformersRunner,
     prompt: Sequence[int],
     forced: Sequence[int],
-    oracle: Tensor,
 ) -> list[_Step]:
-    steps = _decoded(pair, decode, prompt, forced)
-    together = (*prompt, *forced)
+    """Run all sides over prompt and steps, side by side, and compare them."""
     shadow = TransformersRunner(pair.config, pair.model_weights)
+    ids = (*prompt, *forced)
+    runs: list[Callable[[], Any]] = [
+        lambda: _decoded(pair, decode, prompt, forced),
+        lambda: _last_rows(engine.layers(ids), len(forced)),
+        lambda: _last_rows(shadow.layers(ids), len(forced)),
+        lambda: _last_rows(oracle.layers(ids), len(forced), only=_NORM),
+    ]
+    steps, prefill, reference, truth = together(runs)
     wrong: list[tuple[Point, float, float] | None] = [None] * len(forced)
     worst: list[tuple[Point, float] | None] = [None] * len(forced)
 
@@ -124,24 +130,28 @@ def _steps(
         if before is None or not distance <= before[1]:
             worst[step] = point, distance
 
-    normed: dict[str, Tensor] = {"oracle": oracle}
-    layers = (LayerStages(*item) for item in engine.layers(together))
-    for prefill, reference in zip(layers, shadow.layers(together), strict=True):
-        if prefill.layer is None:
-            normed["shadow"] = reference.stages["final_norm"][-len(forced) :]
-            if "final_norm" in prefill.stages:
-                normed["model"] = prefill.stages["final_norm"][-len(forced) :]
-        for stage in pair.graph.of_layer(prefill.layer):
-            if stage.shape[0] != "T" or stage.name not in prefill.stages:
-                continue
-            rows = [side.stages[stage.name][-len(forced) :] for side in (prefill, reference)]
-            for step, found in enumerate(steps):
-                own = found.get(Point(prefill.layer, stage.name))
-                if own is not None:
-                    compare(
-                        Point(prefill.layer, stage.name), step, own, rows[0][step], rows[1][step]
-                    )
+    for point in pair.graph.points:
+        for step, found in enumerate(steps):
+            if point in prefill and point in found:
+                compare(point, step, found[point], prefill[point][step], reference[point][step])
+    sides = {"model": prefill, "shadow": reference, "oracle": truth}
+    normed = {side: rows[_NORM] for side, rows in sides.items() if _NORM in rows}
     return _with_logits(pair, steps, normed, wrong, worst, compare)
+
+
+_NORM = Point(None, "final_norm")
+
+
+def _last_rows(
+    layers: Iterable[tuple[int | None, Mapping[str, Tensor]]], count: int, only: Point | None = None
+) -> dict[Point, Tensor]:
+    """Return the last ``count`` rows of every stage that has one per token, or of one stage."""
+    return {
+        point: tensor[-count:].clone()
+        for layer, stages in layers
+        for name, tensor in stages.items()
+        if STAGES[name].shape[0] == "T" and (point := Point(layer, name)) in (only or point,)
+    }
 
 
 def _with_logits(
@@ -251,23 +261,16 @@ def _growth_row(steps: Sequence[_Step], before: float) -> Row:
     return Row(name="growth", status="broken" if reason else "pass", reason=reason, figures=figures)
 
 
-def _texts(
-    pair: Pair,
-    decode: Callable[..., Any],
-    prefill: Finals,
-    forced: Sequence[int],
-    steps: Sequence[_Step],
-) -> Row:
-    """Show what each side says when it runs freely; a difference has its cause in other tests."""
-    own = [int(prefill.model["lm_head"].argmax())]
-    for step, token in zip(steps, forced, strict=True):
-        if own[-1] != token:
-            break
-        own.append(int(step.logits.favourites["model"][0]))
+def _text_row(pair: Pair, prefill: Finals, forced: Sequence[int], steps: Sequence[_Step]) -> Row:
+    """Show what the oracle says, and the model up to where it parts from that.
+
+    A difference has its cause in other tests.
+    """
     theirs = [*forced, int(steps[-1].logits.favourites["oracle"][0])]
-    while len(own) < len(theirs):
-        *_, last = _decoded(pair, decode, prefill.prompt.tokens, own)
-        own.append(int(last[Point(None, "lm_head")].argmax()))
+    own = [int(prefill.model["lm_head"].argmax())]
+    own += [int(step.logits.favourites["model"][0]) for step in steps]
+    same = next((n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b), len(own))
+    own = own[: same + 1]
     figures: dict[str, Any] = {"model": own, "oracle": theirs}
     try:
         said = [pair.tokenizer.decode(ids) for ids in (own, theirs)]

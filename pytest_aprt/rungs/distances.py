@@ -56,13 +56,15 @@ def _piece_distance(model: Tensor, oracle: Tensor, beyond: float) -> Distance:
         b = oracle.double()
         error = float((model.double() - b).square().sum())
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
-    errors, norms = _block_norms(model, oracle)
+    errors = _block_errors(model, oracle)
+    norms = torch.linalg.vector_norm(oracle, dim=1).double().square()
     error, norm = (float(squares.sum(dtype=torch.float64)) for squares in (errors, norms))
     # A block's norm is taken as its row's mean or larger: a sieve that lets no farther one pass.
-    farthest = float((errors.amax(1) / norms.mean(1).clamp(min=1e-30)).max())
+    blocks = oracle.shape[1] // BLOCK
+    farthest = float((errors.amax(1) / (norms / blocks).clamp(min=1e-30)).max())
     worst = (0.0, 0, 0)
     if not farthest <= beyond**2:
-        sizes = _relative(errors, norms)
+        sizes = _relative(errors, _block_norms(oracle))
         row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
         size, block = sizes[row].max(0)
         if size != 0:
@@ -106,7 +108,8 @@ def block_errors(model: Tensor, oracle: Tensor) -> Tensor:
     """
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         return oracle.new_zeros(len(oracle), 0)
-    sizes = _relative(*_block_norms(model, oracle))
+    errors = _block_errors(model, oracle)
+    sizes = _relative(errors, _block_norms(oracle))
     return sizes.nan_to_num(math.inf, math.inf).sqrt()
 
 
@@ -115,18 +118,22 @@ def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
     return distance_of(model, oracle).worst
 
 
-def _block_norms(model: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared norm of every block of the difference, and of the oracle's."""
-    square = buffer("square", oracle.shape)
-    blocks, ones = square.view(-1, BLOCK), square.new_ones(BLOCK)
-    errors, norms = (buffer(name, blocks.shape[:1]) for name in ("errors", "norms"))
+def _block_errors(model: Tensor, oracle: Tensor) -> Tensor:
+    """Return the squared norm of every block of the difference: (rows, blocks)."""
+    return _block_sums(torch.sub(model, oracle, out=buffer("square", oracle.shape)), "errors")
+
+
+def _block_norms(oracle: Tensor) -> Tensor:
+    """Return the squared norm of every block: (rows, blocks)."""
+    return _block_sums(buffer("square", oracle.shape).copy_(oracle), "norms")
+
+
+def _block_sums(values: Tensor, name: str) -> Tensor:
+    """Square ``values`` in place and sum every block, in the buffer ``name``: (rows, blocks)."""
+    blocks = values.mul_(values).view(-1, BLOCK)
     # A product with ones sums short runs faster than sum does.
-    torch.sub(model, oracle, out=square)
-    torch.mul(square, square, out=square)
-    torch.mv(blocks, ones, out=errors)
-    torch.mul(oracle, oracle, out=square)
-    torch.mv(blocks, ones, out=norms)
-    return errors.view(len(oracle), -1), norms.view(len(oracle), -1)
+    sums = torch.mv(blocks, values.new_ones(BLOCK), out=buffer(name, blocks.shape[:1]))
+    return sums.view(len(values), -1)
 
 
 def _relative(errors: Tensor, norms: Tensor) -> Tensor:

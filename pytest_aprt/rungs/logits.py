@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pytest_aprt.architectures import HEAD
 from pytest_aprt.errors import AprtError
+from pytest_aprt.matrices import together
 from pytest_aprt.positions import first_of
 from pytest_aprt.rungs import LOGITS, Row, unavailable
 from pytest_aprt.weights import row_chunks
@@ -253,12 +255,13 @@ def summarised(parts: Iterable[Mapping[str, Tensor]]) -> Logits:
 
 def heads(pair: Pair, normed: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield ``normed @ head.T`` of every side a range of the vocabulary at a time."""
+    model, oracle = (w.matrix(HEAD) for w in (pair.model_weights, pair.oracle_weights))
+    sides = {side: oracle if side == "oracle" else model for side in normed}
     for rows in row_chunks(pair.oracle_facts.vocab):
-        model = pair.model_weights.rows(HEAD, rows)
-        oracle = pair.oracle_weights.rows(HEAD, rows)
-        yield {s: t @ (oracle if s == "oracle" else model).T for s, t in normed.items()}
-    for weights in (pair.model_weights, pair.oracle_weights):
-        weights.matrix(HEAD).leave()
+        products = [partial(m.part(rows).times, normed[side]) for side, m in sides.items()]
+        yield dict(zip(sides, together(products), strict=True))
+    model.leave()
+    oracle.leave()
 
 
 def row_of(name: str, logits: Logits, number: int, pair: Pair) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,9 @@ class Decoder:
             past = 0 if old is None else len(old[0])
             window = facts.windows[layer] if old is None else fault.window(facts.windows[layer])
             mask = forward.causal_mask(past + len(tokens), window)[past:]
-            new = forward.layer(stages, x, pair.model_weights.layer(layer),
-                                angles[position : position + len(tokens)], stretch, mask, facts,
-                                row, old)  # fmt: skip
-            if old is None:
-                state.caches.append(new)
-            else:
-                state.caches[layer] = fault.write(state, layer, state.caches[layer], new)
+            forward.layer(stages, x, pair.model_weights.layer(layer),
+                          angles[position : position + len(tokens)], stretch, mask, facts,
+                          row, partial(self._extended, state, layer, old))  # fmt: skip
             found.append((layer, stages))
             x = stages["post_ffn_residual"]
         final = forward.rms_norm(x, pair.model_weights.tensor(FINAL_NORM), facts.eps, row)
@@ -96,6 +93,16 @@ class Decoder:
         state.logits.append(head)
         stages = {"final_norm": final, "lm_head": fault.said(state, head)}
         return [*found, (None, stages)]
+
+    def _extended(
+        self, state: State, layer: int, old: Cache | None, k: torch.Tensor, v: torch.Tensor
+    ) -> Cache:
+        if old is None:
+            state.caches.append((k, v))
+            return k, v
+        new = torch.cat([old[0], k]), torch.cat([old[1], v])
+        state.caches[layer] = self.fault.write(state, layer, state.caches[layer], new)
+        return new
 
 
 def at(layer: int, change: Callable[..., Cache]) -> Callable[[State, int, Cache], Cache]:
