@@ -111,6 +111,7 @@ class HfWeights:
         self._architecture = architecture
         self._facts, self._tied = facts, facts.tied_embeddings
         self.layer = _LayerCache(self._load, facts.layers)
+        self._matrices: dict[str, Matrix] = {}
 
     def name_in(self, index: int, suffix: str) -> str:
         """Return the checkpoint's name of a layer's tensor."""
@@ -129,8 +130,11 @@ class HfWeights:
         return self._folder.rows(self.name_of(name), indices)
 
     def matrix(self, name: str) -> Matrix:
-        """Return a whole-model matrix, to be read in pieces."""
-        return self._matrix(self.name_of(name), name, (self._facts.layers, 0))
+        """Return a whole-model matrix, to be read in pieces: the same one for all who ask."""
+        if name not in self._matrices:
+            place = self._facts.layers, 0
+            self._matrices[name] = self._matrix(self.name_of(name), name, place)
+        return self._matrices[name]
 
     def _matrix(self, stored: str, name: str, order: tuple[int, int]) -> Matrix:
         rows, columns = self._folder.shape(stored)
@@ -159,6 +163,7 @@ class GgufWeights:
         self._architecture = architecture
         self._facts = facts
         self.layer = _LayerCache(self._load, facts.layers)
+        self._matrices: dict[str, Matrix] = {}
 
     def name_of(self, name: str) -> str:
         """Return the GGUF name of a whole-model tensor; without output.weight, the embedding."""
@@ -191,8 +196,11 @@ class GgufWeights:
         return self._in_hf_order(suffix, self._read(index, suffix))
 
     def matrix(self, name: str) -> Matrix:
-        """Return a whole-model matrix, to be read in pieces."""
-        return self._matrix(self.name_of(name), name, (self._facts.layers, 0), None)
+        """Return a whole-model matrix, to be read in pieces: the same one for all who ask."""
+        if name not in self._matrices:
+            place = self._facts.layers, 0
+            self._matrices[name] = self._matrix(self.name_of(name), name, place, None)
+        return self._matrices[name]
 
     def _matrix(
         self, stored: str, name: str, order: tuple[int, int], permutation: torch.Tensor | None

@@ -10,6 +10,7 @@ import torch
 from harness import checked, fixture_pair
 
 from pytest_aprt import matrices, weights
+from pytest_aprt.architectures import HEAD
 from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Matrix, compute_threads, in_threads, together, until
@@ -199,6 +200,7 @@ def test_decoding_reads_every_matrix_once(family, monkeypatch):
         engine = BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
         found.append(list(engine.decode(TOKENS, (3, 1, 4))))
     assert len(reads) == len(set(reads)) == 7 * pair.model_facts.layers + 1
+    assert pair.model_weights.matrix(HEAD) is pair.model_weights.matrix(HEAD)  # else read anew
     for held, streamed in zip(*found, strict=True):
         for (layer, a), (_, b) in zip(held, streamed, strict=True):
             for name, value in a.items():

@@ -256,10 +256,12 @@ def summarised(parts: Iterable[Mapping[str, Tensor]]) -> Logits:
 def heads(pair: Pair, normed: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield ``normed @ head.T`` of every side a range of the vocabulary at a time."""
     model, oracle = (w.matrix(HEAD) for w in (pair.model_weights, pair.oracle_weights))
-    sides = {side: oracle if side == "oracle" else model for side in normed}
     for rows in row_chunks(pair.oracle_facts.vocab):
-        products = [partial(m.part(rows).times, normed[side]) for side, m in sides.items()]
-        yield dict(zip(sides, together(products), strict=True))
+        ours, theirs = model.part(rows), oracle.part(rows)
+        products = [
+            partial((theirs if side == "oracle" else ours).times, x) for side, x in normed.items()
+        ]
+        yield dict(zip(normed, together(products), strict=True))
     model.leave()
     oracle.leave()
 
