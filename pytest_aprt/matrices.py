@@ -34,7 +34,8 @@ _T = TypeVar("_T")
 _U = TypeVar("_U")
 
 Watch = Callable[[str, int, Tensor, Tensor], None]
-"""Called with a matrix's name, the first row of a piece, and both sides' weights of the piece."""
+"""Called with a matrix's name, the first row of a piece, and both sides' weights of the piece, of
+which it may overwrite the model's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,7 @@ class Matrix:
 
     ``side`` is ``model`` or ``oracle``; ``order`` is the layer and the place in it, equal on both
     sides: it sorts the matrices as they are used.
-    ``fetch`` says that it is soon to be read, ``read`` fills some of its rows into a buffer, and
-    ``leave`` lets go of what mirrors the file.
+    ``fetch`` says that it is soon to be read, ``read`` fills some of its rows into a buffer.
     """
 
     name: str
@@ -54,7 +54,6 @@ class Matrix:
     columns: int
     fetch: Callable[[], None]
     read: Callable[[range, Tensor], None]
-    leave: Callable[[], None]
 
     def pieces(self) -> Iterator[range]:
         """Yield the row numbers of every piece."""
@@ -69,12 +68,12 @@ class Matrix:
         return found
 
     def part(self, rows: range) -> Matrix:
-        """Return some of the rows as a matrix, which leaves its pages to the whole one."""
+        """Return some of the rows as a matrix."""
 
         def read(wanted: range, out: Tensor) -> None:
             self.read(range(rows.start + wanted.start, rows.start + wanted.stop), out)
 
-        return replace(self, rows=len(rows), read=read, leave=lambda: None)
+        return replace(self, rows=len(rows), read=read)
 
     def times(self, x: Tensor) -> Tensor:
         """Return ``x @ self.T``: (..., columns) to (..., rows), together with others if there are.
@@ -220,8 +219,6 @@ def compare(model: Matrix, oracle: Matrix, watch: Watch) -> None:
         watch(model.name, rows.start, model.piece(rows), oracle.piece(rows))
 
     in_threads(one, model.pieces())
-    model.leave()
-    oracle.leave()
 
 
 def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]:
@@ -252,8 +249,6 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
             watch(name, rows.start, weights[sides["model"]], weights[sides["oracle"]])
 
     in_threads(one, matrices[0].pieces())
-    for matrix in matrices:
-        matrix.leave()
     parts = {m: f.split([len(x) for x in asked[m]]) for m, f in zip(matrices, found, strict=True)}
     return [parts[r.matrix][place] for r, place in zip(requests, places, strict=True)]
 

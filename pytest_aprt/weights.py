@@ -142,8 +142,8 @@ class HfWeights:
         def read(wanted: range, out: torch.Tensor) -> None:
             self._folder.fill(stored, wanted, out)
 
-        fetch, leave = partial(self._folder.fetch, stored), partial(self._folder.release, stored)
-        return Matrix(name, "oracle", order, rows, columns, fetch, read, leave)
+        fetch = partial(self._folder.fetch, stored)
+        return Matrix(name, "oracle", order, rows, columns, fetch, read)
 
     def _load(self, index: int) -> Layer:
         names = list(self._architecture.layer_tensors)
@@ -213,8 +213,8 @@ class GgufWeights:
                 span = permutation[span].numpy()
             self._file.fill(stored, span, out.numpy())
 
-        fetch, leave = partial(self._file.fetch, stored), partial(self._file.release, stored)
-        return Matrix(name, "model", order, rows, columns, fetch, read, leave)
+        fetch = partial(self._file.fetch, stored)
+        return Matrix(name, "model", order, rows, columns, fetch, read)
 
     def _load(self, index: int) -> Layer:
         names, large = list(self._architecture.layer_tensors), {}

@@ -29,17 +29,11 @@ class Counted:
         generator = torch.Generator().manual_seed(order)
         self.values = torch.randn(1000, 64, generator=generator)
         self.reads = torch.zeros(1000)
-        self.left = 0
-        self.matrix = Matrix(
-            name, side, (0, order), 1000, 64, lambda: None, self._read, self._leave
-        )
+        self.matrix = Matrix(name, side, (0, order), 1000, 64, lambda: None, self._read)
 
     def _read(self, rows: range, out: torch.Tensor) -> None:
         self.reads[rows.start : rows.stop] += 1
         out.copy_(self.values[rows.start : rows.stop])
-
-    def _leave(self) -> None:
-        self.left += 1
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +55,6 @@ def test_one_pass_serves_all_who_wait(threads):
         torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(second, x @ v.values.T, rtol=1e-5, atol=1e-5)
     assert set(w.reads.tolist()) == set(v.reads.tolist()) == {1}
-    assert (w.left, v.left) == (1, 1)
 
 
 def test_outside_of_together():
@@ -147,7 +140,6 @@ def test_a_part_is_some_of_the_rows():
     found = w.matrix.part(range(300, 700)).times(x)
     torch.testing.assert_close(found, x @ w.values[300:700].T, rtol=1e-5, atol=1e-5)
     assert w.reads.sum() == w.reads[300:700].sum() == 400
-    assert w.left == 0
 
 
 def test_waiting_for_what_never_comes():

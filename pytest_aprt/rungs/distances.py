@@ -15,6 +15,8 @@ from pytest_aprt.matrices import PIECE
 BLOCK = 32
 """Values of a row that are judged together: the smallest block of llama.cpp's types with one."""
 
+_RUNS = (256, 128, 64, BLOCK)
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -34,43 +36,49 @@ class Distance:
         return ratio(self.error, self.norm)
 
 
-def distance_of(model: Tensor, oracle: Tensor, beyond: float = 0.0) -> Distance:
+def distance_of(
+    model: Tensor, oracle: Tensor, beyond: float = 0.0, *, overwrite: bool = False
+) -> Distance:
     """Measure a tensor that is at hand, a few rows at a time.
 
     Args:
         model: the tensor that is judged.
         oracle: what it is compared with.
         beyond: blocks up to this distance need not be told apart.
+        overwrite: whether ``model`` may be overwritten, which spares memory and time.
     """
     pieces = zip(_pieces(model), _pieces(oracle), strict=True)
     start, found = 0, []
     for a, b in pieces:
-        found.append(moved(_piece_distance(a, b, beyond), start))
+        found.append(moved(_piece_distance(a, b, beyond, overwrite), start))
         start += len(a)
     return summed(found)
 
 
-def _piece_distance(model: Tensor, oracle: Tensor, beyond: float) -> Distance:
-    """Measure a piece that fits in cache; sums of 32 squares in float32, all others in float64."""
+def _piece_distance(model: Tensor, oracle: Tensor, beyond: float, overwrite: bool) -> Distance:
+    """Measure a piece that fits in cache; runs and rows in float32, sums of them in float64."""
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         b = oracle.double()
         error = float((model.double() - b).square().sum())
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
-    errors = _block_errors(model, oracle)
+    out = model if overwrite else buffer("difference", oracle.shape)
+    difference = torch.sub(model, oracle, out=out)
+    # A block is no farther than the run of blocks around it, and its norm is taken as its row's
+    # mean or larger: a sieve that lets no farther one pass.
+    run = next(size for size in _RUNS if oracle.shape[1] % size == 0)
+    errors = torch.linalg.vector_norm(difference.view(-1, run), dim=1).double().square()
     norms = torch.linalg.vector_norm(oracle, dim=1).double().square()
-    error, norm = (float(squares.sum(dtype=torch.float64)) for squares in (errors, norms))
-    # A block's norm is taken as its row's mean or larger: a sieve that lets no farther one pass.
-    blocks = oracle.shape[1] // BLOCK
-    farthest = float((errors.amax(1) / (norms / blocks).clamp(min=1e-30)).max())
+    mean = (norms / (oracle.shape[1] // BLOCK)).clamp(min=1e-30)
+    farthest = float((errors.view(len(oracle), -1).amax(1) / mean).max())
     worst = (0.0, 0, 0)
     if not farthest <= beyond**2:
-        sizes = _relative(errors, _block_norms(oracle))
+        sizes = _relative(_block_sums(difference, "errors"), _block_norms(oracle))
         row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
         size, block = sizes[row].max(0)
         if size != 0:
             far = math.sqrt(float(size.nan_to_num(math.inf, math.inf)))
             worst = far, row, int(block) * BLOCK
-    return Distance(error, norm, worst)
+    return Distance(float(errors.sum()), float(norms.sum()), worst)
 
 
 def moved(distance: Distance, rows: int) -> Distance:
@@ -108,7 +116,7 @@ def block_errors(model: Tensor, oracle: Tensor) -> Tensor:
     """
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         return oracle.new_zeros(len(oracle), 0)
-    errors = _block_errors(model, oracle)
+    errors = _block_sums(model - oracle, "errors")
     sizes = _relative(errors, _block_norms(oracle))
     return sizes.nan_to_num(math.inf, math.inf).sqrt()
 
@@ -116,11 +124,6 @@ def block_errors(model: Tensor, oracle: Tensor) -> Tensor:
 def worst_block(model: Tensor, oracle: Tensor) -> tuple[float, int, int]:
     """Return the distance of the worst block of a matrix, its row and its first column."""
     return distance_of(model, oracle).worst
-
-
-def _block_errors(model: Tensor, oracle: Tensor) -> Tensor:
-    """Return the squared norm of every block of the difference: (rows, blocks)."""
-    return _block_sums(torch.sub(model, oracle, out=buffer("square", oracle.shape)), "errors")
 
 
 def _block_norms(oracle: Tensor) -> Tensor:

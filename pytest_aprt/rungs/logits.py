@@ -262,8 +262,6 @@ def heads(pair: Pair, normed: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor
             partial((theirs if side == "oracle" else ours).times, x) for side, x in normed.items()
         ]
         yield dict(zip(normed, together(products), strict=True))
-    model.leave()
-    oracle.leave()
 
 
 def row_of(name: str, logits: Logits, number: int, pair: Pair) -> Row:

@@ -58,7 +58,7 @@ class Watched:
     def __call__(self, name: str, start: int, model: Tensor, oracle: Tensor) -> None:
         """Take a piece that begins at row ``start``; called from several threads."""
         _, beyond = _bounds(self._pair, self._stored(name))
-        part = moved(distance_of(model, oracle, beyond), start)
+        part = moved(distance_of(model, oracle, beyond, overwrite=True), start)
         self._parts.setdefault(name, []).append(part)
 
     def _stored(self, name: str) -> str:

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from pytest_aprt.errors import SourceError
 from pytest_aprt.sources._files import (
-    fetch,
+    Reader,
     no_such_tensor,
     one_line,
-    release,
     rows_within,
     sha256_of,
 )
@@ -66,6 +65,7 @@ class GgufFile:
         self.architecture = _architecture(parts[0])
         self.tensors = _merged(parts)
         self._maps = [part.data for part in parts]
+        self._readers: dict[int, Reader] = {}
         self._sha256: str | None = None
 
     @classmethod
@@ -119,21 +119,25 @@ class GgufFile:
         """Dequantise some rows of a matrix into ``out``, (rows, columns).
 
         Raises:
-            SourceError: as for ``tensor``.
+            SourceError: as for ``tensor``, or the file was cut short since it was opened.
         """
-        self._decode(self.info(name), self.raw(name)[rows], out)
+        info, raw = self.info(name), self.raw(name)
+        if isinstance(rows, slice):
+            blocks = _own_memory((rows.stop - rows.start, raw.shape[1]))
+            self._reader(info).fill(blocks, info.offset + rows.start * raw.shape[1])
+            self._decode(info, blocks, out)
+        else:
+            self._decode(info, _copied(raw[rows]), out)
 
     def fetch(self, name: str) -> None:
         """Let the system begin to read a tensor's bytes, which are soon to be used."""
         info = self.info(name)
-        if self._maps:
-            fetch(self._maps[info.part], info.offset, info.n_bytes)
+        self._reader(info).fetch(info.offset, info.n_bytes)
 
-    def release(self, name: str) -> None:
-        """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""
-        info = self.info(name)
-        if self._maps:
-            release(self._maps[info.part], info.offset, info.n_bytes)
+    def _reader(self, info: TensorInfo) -> Reader:
+        if info.part not in self._readers:
+            self._readers[info.part] = Reader(self.parts[info.part])
+        return self._readers[info.part]
 
     def rows(self, name: str, indices: Iterable[int]) -> NDArray[np.float32]:
         """Return some rows dequantised, in the order asked: (len(indices), columns).
@@ -153,6 +157,7 @@ class GgufFile:
 
     def close(self) -> None:
         """Let go of the memory maps; ``metadata`` read so far and ``tensors`` remain."""
+        self._readers.clear()
         maps, self._maps = self._maps, []
         for each in maps:
             try:
@@ -175,7 +180,7 @@ class GgufFile:
         out = np.empty((len(blocks), info.columns), np.float32)
         step = max(1, _CHUNK // info.columns)
         for start in range(0, len(blocks), step):
-            self._decode(info, blocks[start : start + step], out[start : start + step])
+            self._decode(info, _copied(blocks[start : start + step]), out[start : start + step])
         return out
 
     def _decode(
@@ -266,18 +271,32 @@ def _decoder(info: TensorInfo) -> Callable[[NDArray[np.uint8], NDArray[np.float3
     values, size = GGML_QUANT_SIZES[kind]
     import torch
 
-    from pytest_aprt.buffers import buffer
     from pytest_aprt.sources.dequant import UNPACK
 
     if unpack := UNPACK.get(info.type):
 
         def decode(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-            # a copy, as a mapped file is read-only and its blocks lie on odd addresses
-            copied = buffer("blocks", blocks.shape, torch.uint8)
-            np.copyto(copied.numpy(), blocks)
-            unpack(copied.view(-1, size), torch.from_numpy(out).view(-1, values))
+            packed = torch.from_numpy(blocks).view(-1, size)
+            unpack(packed, torch.from_numpy(out).view(-1, values))
 
         return decode
     from gguf.quants import dequantize
 
     return lambda blocks, out: np.copyto(out, dequantize(blocks, kind))
+
+
+def _own_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return aligned memory to decode from; this thread's next call overwrites it."""
+    import torch
+
+    from pytest_aprt.buffers import buffer
+
+    found: NDArray[np.uint8] = buffer("blocks", shape, torch.uint8).numpy()
+    return found
+
+
+def _copied(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a copy: a mapped file is read-only, and its blocks lie on odd addresses."""
+    own = _own_memory(blocks.shape)
+    np.copyto(own, blocks)
+    return own

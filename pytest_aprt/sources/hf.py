@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.errors import SourceError
 from pytest_aprt.sources._files import (
-    fetch,
+    Reader,
     file_size,
     json_object,
     mapped,
     no_such_tensor,
     one_line,
     reason,
-    release,
     rows_within,
     sha256_of,
 )
@@ -100,6 +99,7 @@ class HfFolder:
         self._entries = _entries(self._files)
         _check_index(path, self._files, self._entries)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._readers: dict[Path, Reader] = {}
         self._sha256: str | None = None
 
     @classmethod
@@ -178,21 +178,27 @@ class HfFolder:
         """Widen consecutive rows of a matrix into ``out``, float32 (rows, columns).
 
         Raises:
-            SourceError: as for ``tensor``.
+            SourceError: as for ``tensor``, or the file was cut short since it was opened.
         """
-        out.copy_(self._stored(name)[rows.start : rows.stop])
+        import torch
+
+        from pytest_aprt.buffers import buffer
+
+        entry, dtype = self._entry(name), self._dtype_of(name)
+        row = entry.n_bytes // entry.shape[0]
+        raw = buffer("raw", (len(rows) * row,), torch.uint8)
+        self._reader(entry).fill(raw.numpy(), entry.offset + rows.start * row)
+        out.copy_(raw.view(dtype).view(out.shape))
 
     def fetch(self, name: str) -> None:
         """Let the system begin to read a tensor's bytes, which are soon to be used."""
-        self._stored(name)  # maps its file
         entry = self._entry(name)
-        fetch(self._maps[entry.file], entry.offset, entry.n_bytes)
+        self._reader(entry).fetch(entry.offset, entry.n_bytes)
 
-    def release(self, name: str) -> None:
-        """Let the system take back the memory that mirrors a tensor's bytes; reading maps anew."""
-        entry = self._entry(name)
-        if entry.file in self._maps:
-            release(self._maps[entry.file], entry.offset, entry.n_bytes)
+    def _reader(self, entry: _Entry) -> Reader:
+        if entry.file not in self._readers:
+            self._readers[entry.file] = Reader(entry.file)
+        return self._readers[entry.file]
 
     def sha256(self) -> str:
         """Return the hex SHA-256 of the safetensors files, in name order, one after another."""
@@ -203,6 +209,7 @@ class HfFolder:
     def close(self) -> None:
         """Let go of the files; tensors read so far stay valid, and reading maps them again."""
         self._maps.clear()
+        self._readers.clear()
 
     def __enter__(self) -> HfFolder:
         return self
@@ -221,7 +228,9 @@ class HfFolder:
         except KeyError:
             raise no_such_tensor(self.path, name, self._entries) from None
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def _dtype_of(self, name: str) -> torch.dtype:
+        import torch
+
         entry = self._entry(name)
         if entry.dtype not in _FLOATS:
             raise SourceError(
@@ -229,15 +238,19 @@ class HfFolder:
                 f"{', '.join(sorted(_FLOATS))}, found {entry.dtype}: name a checkpoint whose "
                 f"weights are not quantised"
             )
+        found: torch.dtype = getattr(torch, _FLOATS[entry.dtype])
+        return found
+
+    def _stored(self, name: str) -> torch.Tensor:
         import torch
 
+        entry, dtype = self._entry(name), self._dtype_of(name)
         if entry.file not in self._maps:
             self._maps[entry.file] = mapped(entry.file)
         count = math.prod(entry.shape)
         if not count:
             return torch.empty(entry.shape)
         # A private map may be written to in principle, which spares torch a copy or a warning.
-        dtype = getattr(torch, _FLOATS[entry.dtype])
         flat = torch.frombuffer(
             self._maps[entry.file], dtype=dtype, count=count, offset=entry.offset
         )
