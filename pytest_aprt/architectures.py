@@ -6,12 +6,16 @@ No field has a default, so that a forgotten fact is a TypeError at import; no co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.stages import STAGES, StageGraph
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +36,19 @@ class Architecture:
     qk_norm: bool  # RMSNorm over head_dim of Q and K before RoPE
     rotated_pairs: Literal["half", "adjacent"]  # channels i and i+D/2, or 2i and 2i+1, in HF order
     permuted_qk: bool  # the GGUF stores rows of Q and K interleaved for adjacent pairs
-    activation: str  # config.json's hidden_act; GGUF carries no key for it
-    norm_offset: float  # added to the stored norm weight
-    embedding_scale: float  # factor on the token embedding
+    activation: Activation  # config.json's hidden_act; GGUF carries no key for it
+    norm_offset: float  # added to the checkpoint's norm weights; the GGUF stores the sum
+    scaled_embedding: bool  # the token embedding is multiplied by sqrt(hidden)
     moe: bool
     source: str
 
     def layer_tensor(self, layer: int, suffix: str) -> str:
         """Return the GGUF name of a layer's tensor, given its Hugging Face name in the layer."""
         return f"blk.{layer}.{self.layer_tensors[suffix]}"
+
+    def embedding_scale(self, hidden: int) -> float:
+        """Return the factor on the token embedding of ``hidden`` channels."""
+        return math.sqrt(hidden) if self.scaled_embedding else 1.0
 
     def graph(self, n_layers: int) -> StageGraph:
         """Return the graph of the points that a model of this family has."""
@@ -89,7 +97,7 @@ _ROWS = (
         permuted_qk=False,
         activation="silu",
         norm_offset=0.0,
-        embedding_scale=1.0,
+        scaled_embedding=False,
         moe=False,
         source="transformers models/qwen2/modeling_qwen2.py; llama.cpp src/models/qwen2.cpp",
     ),
@@ -105,7 +113,7 @@ _ROWS = (
         permuted_qk=True,
         activation="silu",
         norm_offset=0.0,
-        embedding_scale=1.0,
+        scaled_embedding=False,
         moe=False,
         source="transformers models/llama/modeling_llama.py, models/mistral/modeling_mistral.py; "
         "llama.cpp src/models/llama.cpp, conversion/llama.py (permute)",
@@ -122,7 +130,7 @@ _ROWS = (
         permuted_qk=False,
         activation="silu",
         norm_offset=0.0,
-        embedding_scale=1.0,
+        scaled_embedding=False,
         moe=False,
         source="transformers models/qwen3/modeling_qwen3.py; llama.cpp src/models/qwen3.cpp",
     ),

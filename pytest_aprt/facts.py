@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_aprt.architectures import Architecture
+from pytest_aprt.architectures import ACTIVATIONS, Architecture
 from pytest_aprt.errors import ArchitectureError, SourceError
 
 
@@ -31,6 +31,11 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     divisors: tuple[float, ...] = ()
+
+    @property
+    def relative_attention_factor(self) -> float:
+        """The attention factor in units of the one that YaRN's paper gives."""
+        return self.attention_factor / _yarn_attention_factor(self.factor)
 
     def __str__(self) -> str:
         if self.kind == "none":
@@ -64,7 +69,8 @@ class Facts:
         """Refuse shapes that no decoder can have.
 
         Raises:
-            ArchitectureError: a count below 1, or heads that the kv heads do not divide.
+            ArchitectureError: a count below 1, heads that the kv heads do not divide, or an
+                activation that nothing here computes.
         """
         for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab"):
             if getattr(self, name) < 1:
@@ -75,6 +81,11 @@ class Facts:
             )
         if self.head_dim % 2:
             raise ArchitectureError(f"head_dim is {self.head_dim}: RoPE needs an even number")
+        if self.activation not in ACTIVATIONS:
+            raise ArchitectureError(
+                f"activation {self.activation!r} is unknown: expected one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
 
     def sizes(self, tokens: int) -> dict[str, int]:
         """Return the values of the symbols in ``Stage.shape`` for a prompt of ``tokens``."""
@@ -197,8 +208,8 @@ class Facts:
         )
 
 
-def _yarn_attention_factor(factor: float) -> float:
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # arXiv 2309.00071, eq. 22
+def _yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0  # arXiv 2309.00071, eq. 22
 
 
 def _llama3_divisors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
@@ -254,14 +265,17 @@ def _config_scaling(
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
-        attention = rope.get("attention_factor")
+        attention, mscale = rope.get("attention_factor"), rope.get("mscale")
+        if attention is None:
+            attention = _yarn_attention_factor(factor)
+            if mscale and (all_dim := rope.get("mscale_all_dim")):
+                attention = _yarn_attention_factor(factor, mscale)
+                attention /= _yarn_attention_factor(factor, all_dim)
         return RopeScaling(
             kind="yarn",
             factor=factor,
             original_context=int(rope.get("original_max_position_embeddings") or context),
-            attention_factor=float(
-                _yarn_attention_factor(factor) if attention is None else attention
-            ),
+            attention_factor=float(attention),
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
         )

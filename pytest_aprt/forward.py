@@ -37,7 +37,7 @@ class BuiltinRunner:
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
         """Yield the stages of every layer, then of the whole model."""
         facts = self._facts
-        x = embedding(self._weights, tokens, self._architecture.embedding_scale)
+        x = embedding(self._weights, tokens, self._architecture.embedding_scale(facts.hidden))
         angles, stretch = rope_angles(facts, len(tokens))
         for index in range(facts.layers):
             stages = self.stages = {"embedding": x} if index == 0 else {}
@@ -58,7 +58,8 @@ class BuiltinRunner:
         Prompt and steps take each layer side by side, each waiting for the cache of the one before
         it alone, as none waits for logits: weights are read once for all of them.
         """
-        facts, scale, count = self._facts, self._architecture.embedding_scale, len(tokens)
+        facts, count = self._facts, len(tokens)
+        scale = self._architecture.embedding_scale(facts.hidden)
         x = embedding(self._weights, [*tokens, *forced], scale)
         inputs = x.split([count, *(1 for _ in forced)])  # (T, H), then (1, H) each
         angles, stretch = rope_angles(facts, len(x))
@@ -153,10 +154,18 @@ def layer(
     )
     s["ffn_gate"] = times(w, "mlp.gate_proj.weight", s["ffn_norm"])  # (T, I)
     s["ffn_up"] = times(w, "mlp.up_proj.weight", s["ffn_norm"])  # (T, I)
-    s["ffn_silu"] = s["ffn_gate"] * torch.sigmoid(s["ffn_gate"])
+    s["ffn_silu"] = ACTIVATIONS[f.activation](s["ffn_gate"])
     s["ffn_swigl"] = s["ffn_silu"] * s["ffn_up"]
     s["ffn_out"] = times(w, "mlp.down_proj.weight", s["ffn_swigl"])  # (T, H)
     s["post_ffn_residual"] = s["post_attn_residual"] + s["ffn_out"]
+
+
+TANH_SCALE = math.sqrt(2 / math.pi)  # arXiv 1606.08415
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_pytorch_tanh": lambda x: x * (1 + torch.tanh(TANH_SCALE * (x + 0.044715 * x**3))) / 2,
+}
 
 
 def embedding(weights: WeightSource, tokens: Sequence[int], scale: float) -> Tensor:

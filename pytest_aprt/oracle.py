@@ -90,9 +90,10 @@ class TransformersRunner:
             raise ArchitectureError(f"transformers cannot build the oracle: {error}") from error
         self.stages: dict[str, torch.Tensor] = {}
         """Those of the layer in progress, so far: others may multiply by its weights with it."""
+        _fill_buffers(self._model)
         self._model.eval().to(dtype)
         self._base = self._model.model
-        # Buffers made on the meta device stay there: the rotary tables must be real.
+        # Half precision must not reach the rotary tables.
         self._base.rotary_emb = type(self._base.rotary_emb)(config=self.config)
 
     @property
@@ -178,6 +179,20 @@ class TransformersRunner:
         ):
             normed: torch.Tensor = self._base.norm(hidden)
             return normed
+
+
+def _fill_buffers(model: Any) -> None:
+    """Give the buffers that were made on the meta device their values, as transformers does.
+
+    One that transformers does not know how to fill stays NaN, which the self-test finds.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            absent = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+            for name, buffer in absent.items():
+                setattr(module, name, torch.full_like(buffer, torch.nan, device="cpu"))
+            if absent:
+                model._init_weights(module)
 
 
 def _register_attention() -> None:

@@ -275,7 +275,7 @@ def _signs(x: Tensor, seed: int) -> Tensor:
 
 def _embedding(c: Context, _: Inputs) -> Tensor:
     rows = c.source.rows(EMBEDDING, c.tokens[c.first :])
-    return rows.double() * c.architecture.embedding_scale  # (T, H)
+    return rows.double() * c.architecture.embedding_scale(c.facts.hidden)  # (T, H)
 
 
 def _norm(stage: str) -> _Function:
@@ -323,26 +323,28 @@ def _turned(stage: str, c: Context, inputs: Inputs, angle_error: float) -> Tenso
         (norm,) = STAGES[stage].tensors
         x = _rms(x, c.weights[norm], c)
     tables: tuple[Tensor, Tensor] = c.call["position_embeddings"]  # (1, T, D) each
-    cos, sin = (table[0, c.first :].double()[:, None] for table in tables)
+    cos, sin = (_of_pairs(table[0, c.first :])[:, None] for table in tables)
     if angle_error:
         angle = angle_error * _angles(c, x.shape[0])[:, None]
         cos, sin = cos - sin * angle, sin + cos * angle
-    if c.architecture.rotated_pairs == "half":
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-    else:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return (x * cos + turned * sin).flatten(1)  # (T, heads*D)
+    halves = c.architecture.rotated_pairs == "half"
+    first, second = x.chunk(2, dim=-1) if halves else (x[..., ::2], x[..., 1::2])
+    turned = first * cos - second * sin, second * cos + first * sin
+    if halves:
+        return torch.cat(turned, dim=-1).flatten(1)  # (T, heads*D)
+    return torch.stack(turned, dim=-1).flatten(1)
+
+
+def _of_pairs(table: Tensor) -> Tensor:
+    """Return (T, D/2): transformers' tables hold the value of each pair in both halves."""
+    return table.chunk(2, dim=-1)[0].double()
 
 
 def _angles(c: Context, tokens: int) -> Tensor:
-    """Return the unscaled angle of every channel at every position: (T, D)."""
+    """Return the unscaled angle of every pair at every position: (T, D/2)."""
     pairs = torch.arange(c.facts.head_dim // 2).double()
     frequency = c.facts.rope_theta ** (-2 * pairs / c.facts.head_dim)
-    angles = torch.outer(torch.arange(c.first, c.first + tokens).double(), frequency)
-    if c.architecture.rotated_pairs == "half":
-        return torch.cat([angles, angles], dim=-1)
-    return angles.repeat_interleave(2, dim=-1)
+    return torch.outer(torch.arange(c.first, c.first + tokens).double(), frequency)
 
 
 def _scores(c: Context, inputs: Inputs) -> Tensor:
@@ -409,8 +411,15 @@ def _sum(c: Context, inputs: Inputs) -> Tensor:
     return inputs[0] + inputs[1]
 
 
-def _silu(c: Context, inputs: Inputs) -> Tensor:
-    return inputs[0] / (1 + (-inputs[0]).exp())
+def _activation(c: Context, inputs: Inputs) -> Tensor:
+    return _ACTIVATIONS[c.facts.activation](inputs[0])
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 def _product(c: Context, inputs: Inputs) -> Tensor:
@@ -435,7 +444,7 @@ _FUNCTIONS: dict[str, _Function] = {
     "attention": _attention,
     "post_attn_residual": _sum,
     "ffn_norm": _norm("ffn_norm"),
-    "ffn_silu": _silu,
+    "ffn_silu": _activation,
     "ffn_swigl": _product,
     "post_ffn_residual": _sum,
     "final_norm": _final_norm,

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_aprt.architectures import (
-    ARCHITECTURES,
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     ROPE_DIVISORS,
     Architecture,
+    architecture_of,
 )
 from pytest_aprt.facts import Facts
 
@@ -49,6 +49,11 @@ class Workings:
     facts: Facts
     architecture: Architecture
     source: WeightSource
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor on the token embedding."""
+        return self.architecture.embedding_scale(self.facts.hidden)
 
     def qkv(self) -> tuple[Array, Array, Array]:
         """Return Q, K and V before RoPE (and before QK-norm): (T, heads, D) each."""
@@ -155,9 +160,7 @@ class NumpyEngine:
             work = self._workings(index, x, w)
             if index == 0:
                 rows = self.weights.rows(EMBEDDING, list(tokens)).numpy()
-                x = self._put(
-                    work, "embedding", rows * np.float32(self.architecture.embedding_scale)
-                )
+                x = self._put(work, "embedding", rows * np.float32(work.embedding_scale))
                 work.x = x
             with np.errstate(all="ignore"):  # faults may overflow
                 self._layer(work)
@@ -210,7 +213,7 @@ class NumpyEngine:
         normed = put("ffn_norm", work.rms_norm(middle, w["post_attention_layernorm.weight"]))
         gate = put("ffn_gate", self.matmul(normed, w["mlp.gate_proj.weight"]))
         up = put("ffn_up", self.matmul(normed, w["mlp.up_proj.weight"]))
-        active = put("ffn_silu", gate / (1 + np.exp(-gate)))
+        active = put("ffn_silu", ACTIVATIONS[f.activation](gate))
         product = put("ffn_swigl", active * up)
         out = put("ffn_out", self.matmul(product, w["mlp.down_proj.weight"]))
         put("post_ffn_residual", middle + out)
@@ -221,6 +224,14 @@ def hidden_keys(tokens: int, window: int | None) -> NDArray[np.bool_]:
     query, key = np.mgrid[:tokens, :tokens]
     hidden: NDArray[np.bool_] = key > query
     return hidden if window is None else hidden | (key <= query - window)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_pytorch_tanh": lambda x: x / (1 + np.exp(-1.5957691216 * (x + 0.044715 * x**3))),
+}
+"""Written apart from the forward pass and the replay, as the engine is."""
 
 
 def softmax(scores: Array) -> Array:
@@ -242,8 +253,8 @@ def write_random_pair(
 
     Args:
         folder: an existing folder; ``hf/`` and ``f32.gguf`` are made in it.
-        config: of a family in ARCHITECTURES.
-        seed: of the weights: normal with 1/sqrt(columns), norm weights around 1.
+        config: of a family in the table of architectures.
+        seed: of the weights: normal with 1/sqrt(columns), norms that multiply by about 1.
         adjust: may change the tensors (by Hugging Face name) before both are written.
         metadata: further GGUF keys, without the architecture's prefix.
 
@@ -255,6 +266,8 @@ def write_random_pair(
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    facts = Facts.from_config(config)
+    architecture = architecture_of(None, config.model_type)
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)
@@ -266,15 +279,14 @@ def write_random_pair(
     for name, shape in shapes.items():
         random = torch.randn(shape, generator=generator)
         scale = 0.2 if len(shape) == 1 else 1.0 if name == EMBEDDING else shape[1] ** -0.5
-        state[name] = random * scale + (1.0 if name.endswith("norm.weight") else 0.0)
+        gain = 1 - architecture.norm_offset
+        state[name] = random * scale + (gain if name.endswith("norm.weight") else 0.0)
     adjust(state)
     hf = folder / "hf"
     hf.mkdir()
     config.save_pretrained(hf)
     save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
 
-    facts = Facts.from_config(config)
-    architecture = next(a for a in ARCHITECTURES.values() if config.model_type in a.model_types)
     path = folder / "f32.gguf"
     writer = gguf.GGUFWriter(path, architecture.name)
     for key, value in {**_gguf_keys(facts), **(metadata or {})}.items():
@@ -312,7 +324,12 @@ def _gguf_keys(facts: Facts) -> dict[str, Any]:
     if scaling.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "yarn":
-        keys["rope.scaling.original_context_length"] = scaling.original_context
+        keys |= {
+            "rope.scaling.original_context_length": scaling.original_context,
+            "rope.scaling.attn_factor": scaling.relative_attention_factor,
+            "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+            "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+        }
     return keys
 
 
@@ -330,6 +347,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
 def _gguf_tensor(
     name: str, array: Array, facts: Facts, architecture: Architecture
 ) -> tuple[str, Array]:
+    if name.endswith("norm.weight") and architecture.norm_offset:
+        array = array + np.float32(architecture.norm_offset)
     if name in architecture.model_tensors:
         return architecture.model_tensors[name], array
     layer, suffix = name.removeprefix("model.layers.").split(".", 1)

@@ -173,7 +173,7 @@ class GgufWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole-model tensor, dequantised to float32."""
-        return torch.from_numpy(self._file.tensor(self.name_of(name)))
+        return self._as_in_hf(name, torch.from_numpy(self._file.tensor(self.name_of(name))))
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a whole-model matrix, dequantised to float32."""
@@ -192,8 +192,8 @@ class GgufWeights:
         return self._architecture.layer_tensor(layer, suffix) in self._file.tensors
 
     def layer_tensor(self, index: int, suffix: str) -> torch.Tensor:
-        """Return one tensor of a layer, read anew, in Hugging Face order."""
-        return self._in_hf_order(suffix, self._read(index, suffix))
+        """Return one tensor of a layer, read anew, as the checkpoint has it."""
+        return self._as_in_hf(suffix, self._read(index, suffix))
 
     def matrix(self, name: str) -> Matrix:
         """Return a whole-model matrix, to be read in pieces: the same one for all who ask."""
@@ -242,6 +242,12 @@ class GgufWeights:
                 f"asks for {expected}; the file contradicts itself, convert it again"
             )
         return tensor
+
+    def _as_in_hf(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        offset = self._architecture.norm_offset
+        if offset and name.endswith("norm.weight"):
+            return tensor - offset
+        return self._in_hf_order(name, tensor)
 
     def _in_hf_order(self, suffix: str, tensor: torch.Tensor) -> torch.Tensor:
         heads = {"self_attn.q_proj": self._facts.heads, "self_attn.k_proj": self._facts.kv_heads}

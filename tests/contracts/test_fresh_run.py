@@ -13,13 +13,15 @@ from contract_bench import IDS, ROOT
 from pytest_aprt.ledger.record import read
 
 COMMITTED = ROOT / "evidence" / "contracts" / "ledger.jsonl"
-OF_THE_MACHINE = {"FALSIFY-APRT-PROMISE-005"}  # the peak of memory
+OF_THE_MACHINE = {"run.peak_rss_bytes"}
+ROUNDING = {"excess"}  # rounding in units of the tolerance: 0.10 to 0.15 with two releases of NumPy
 
 
-def near(fresh, committed):
+def near(fresh, committed, name=""):
     """Whether two values agree: numbers up to what another processor's rounding changes."""
     if isinstance(fresh, (int, float)) and isinstance(committed, (int, float)):
-        return math.isclose(fresh, committed, rel_tol=0.02, abs_tol=2e-3)
+        least = 0.1 if name in ROUNDING else 2e-3
+        return math.isclose(fresh, committed, rel_tol=0.02, abs_tol=least)
     if isinstance(fresh, list) and isinstance(committed, list):
         return len(fresh) == len(committed) and all(map(near, fresh, committed))
     return fresh == committed
@@ -47,6 +49,6 @@ def test_a_fresh_run_says_what_the_committed_ledger_says(family, tmp_path):
             assert getattr(record, name) == getattr(told, name), (record.id, name)
         assert (record.model and record.model["sha256"]) == (told.model and told.model["sha256"])
         assert record.values.keys() == told.values.keys(), record.id
-        if record.id not in OF_THE_MACHINE:
-            for name, value in record.values.items():
-                assert near(value, told.values[name]), (record.id, name, value, told.values[name])
+        for name in record.values.keys() - OF_THE_MACHINE:
+            value, before = record.values[name], told.values[name]
+            assert near(value, before, name), (record.id, name, value, before)

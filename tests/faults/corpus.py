@@ -318,8 +318,8 @@ def tied_head(value: Array, w: Workings) -> Array:
 
 def next_row(value: Array, w: Workings) -> Array:
     rows = w.source.rows(EMBEDDING, range(w.facts.vocab)).numpy()
-    index = [int(np.abs(rows - x).sum(-1).argmin()) for x in value / w.architecture.embedding_scale]
-    return rows[np.array(index) - 1] * np.float32(w.architecture.embedding_scale)
+    index = [int(np.abs(rows - x).sum(-1).argmin()) for x in value / w.embedding_scale]
+    return rows[np.array(index) - 1] * np.float32(w.embedding_scale)
 
 
 def soft_cap(value: Array, w: Workings) -> Array:

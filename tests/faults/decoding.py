@@ -74,7 +74,7 @@ class Decoder:
     def _run(self, state: State, tokens: Sequence[int], position: int) -> list[Any]:
         pair, fault = self.pair, self.fault
         facts, row = pair.model_facts, pair.architecture
-        x = forward.embedding(pair.model_weights, tokens, row.embedding_scale)
+        x = forward.embedding(pair.model_weights, tokens, row.embedding_scale(facts.hidden))
         angles, stretch = forward.rope_angles(facts, position + len(tokens))
         found = []
         for layer in range(facts.layers):

@@ -41,6 +41,7 @@ def run(pytester, files):
 
     def start(*args, model=None, oracle=None):
         return pytester.runpytest_subprocess(
+            "-pno:randomly",
             f"--aprt-model={model or files / 'q4_k_m.gguf'}",
             f"--aprt-oracle={oracle or files / 'hf'}",
             *args,
