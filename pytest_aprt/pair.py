@@ -188,9 +188,10 @@ def tokenizer_of(folder: Path) -> Any:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if len(found) <= len(found.added_tokens_decoder):
             raise ValueError("it has no vocabulary")  # a class without files makes one of none
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise SourceError(
             f"{folder}: it has no tokenizer that transformers can load "
-            f"({str(error).splitlines()[0]}); give token ids instead"
+            f"({said or type(error).__name__}); give token ids instead"
         ) from error
     return found
