@@ -30,6 +30,9 @@ class RopeScaling:
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    whole_pairs: bool = (
+        True  # the ramp of yarn begins and ends at a pair, as in GGUF it always does
+    )
     divisors: tuple[float, ...] = ()
 
     @property
@@ -278,7 +281,10 @@ def _config_scaling(
             attention_factor=float(attention),
             beta_fast=float(rope.get("beta_fast") or 32.0),
             beta_slow=float(rope.get("beta_slow") or 1.0),
+            whole_pairs=bool(rope.get("truncate", True)),
         )
+    if kind == "dynamic":
+        return RopeScaling(kind="dynamic", factor=factor, original_context=context)
     if kind == "llama3":
         return RopeScaling(kind="divisors", divisors=_llama3_divisors(rope, theta, head_dim))
     return RopeScaling(kind=str(kind), factor=factor)
@@ -327,6 +333,12 @@ def _from_the_second(model: Facts, oracle: Facts) -> float:
 
 def _beyond_context(model: Facts, oracle: Facts) -> float:
     return min(model.context, oracle.context)
+
+
+def _beyond_unscaled(model: Facts, oracle: Facts) -> float:
+    """Dynamic scaling leaves frequencies as they are within the context."""
+    kinds = {"none": math.inf, "dynamic": oracle.rope_scaling.original_context}
+    return min(kinds.get(facts.rope_scaling.kind, 0) for facts in (model, oracle))
 
 
 def _beyond_window(model: Facts, oracle: Facts) -> float:
@@ -386,7 +398,7 @@ _FACT_ROWS = (
     Fact(name="rope_theta", field="rope_theta", key="rope.freq_base", config="rope_theta",
          feeds=_ROPE, beyond=_from_the_second),
     Fact(name="rope_scaling", field="rope_scaling", key="rope.scaling", config="rope_scaling",
-         feeds=_ROPE),
+         feeds=_ROPE, beyond=_beyond_unscaled),
     Fact(name="sliding_window", field="windows", key="attention.sliding_window",
          config="sliding_window", feeds=("attn_softmax",), beyond=_beyond_window),
     Fact(name="context_length", field="context", key="context_length",

@@ -18,6 +18,9 @@ from pytest_aprt.stages import StageGraph
 if TYPE_CHECKING:
     from pytest_aprt.weights import GgufWeights, HfWeights
 
+BUFFERS = ("self_attn.rotary_emb.inv_freq",)
+"""In a layer of older checkpoints; transformers forms them anew."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Headers:
@@ -74,6 +77,7 @@ def open_headers(weights: str, oracle: str) -> Headers:
     folder = HfFolder.open(oracle)
     architecture = architecture_of(gguf.architecture, str(folder.config.get("model_type")))
     facts = gguf_facts(gguf, architecture)
+    _refuse_unknown_tensors(folder, architecture)
     return Headers(
         gguf=gguf,
         oracle=folder,
@@ -174,6 +178,19 @@ def _require_tensors(gguf: GgufFile, architecture: Architecture, facts: Facts) -
                 f"{gguf.path}: tensor {name} is missing: expected in every "
                 f"{architecture.name} model of {facts.layers} layers; convert the file again"
             )
+
+
+def _refuse_unknown_tensors(folder: HfFolder, architecture: Architecture) -> None:
+    """Refuse an oracle that computes with more than its family's row names, such as biases."""
+    first = "model.layers.0."
+    own = {name.removeprefix(first) for name in folder.names if name.startswith(first)}
+    unknown = own.difference(architecture.layer_tensors, BUFFERS)
+    if unknown:
+        raise ArchitectureError(
+            f"{folder.path}: its layers hold {', '.join(sorted(unknown))}, which no "
+            f"{architecture.name} model that can be judged has; this variant of the family is not "
+            "supported"
+        )
 
 
 def tokenizer_of(folder: Path) -> Any:

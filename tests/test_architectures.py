@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from families import CONFIGURATIONS, NEW_CONFIGURATIONS, NEW_ROWS
+from families import CONFIGURATIONS, NEW_CONFIGURATIONS, NEW_ROWS, llama
 from transformers import AutoModelForCausalLM
 
 from pytest_aprt.architectures import ARCHITECTURES, architecture_of
@@ -85,6 +86,32 @@ def test_the_streamed_oracle_is_bit_identical_to_from_pretrained(made):
         assert torch.equal(layer.stages["attn_softmax"], attention[0])
     assert torch.equal(layers[-1].stages["final_norm"], expected.hidden_states[-1][0])
     assert torch.equal(layers[-1].stages["lm_head"], expected.logits[0, -1])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (llama(attention_bias=True), "self_attn.k_proj.bias"),
+        (llama(mlp_bias=True), "mlp.down_proj.bias"),
+    ],
+)
+def test_a_variant_with_more_tensors_than_its_row_is_refused(tmp_path, config, said):
+    biases = {
+        "self_attn.q_proj.bias": "attn_q.bias",
+        "self_attn.k_proj.bias": "attn_k.bias",
+        "self_attn.v_proj.bias": "attn_v.bias",
+        "self_attn.o_proj.bias": "attn_output.bias",
+        "mlp.gate_proj.bias": "ffn_gate.bias",
+        "mlp.up_proj.bias": "ffn_up.bias",
+        "mlp.down_proj.bias": "ffn_down.bias",
+    }
+    plain = ARCHITECTURES["llama"]
+    wider = replace(plain, layer_tensors={**plain.layer_tensors, **biases})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "llama", wider)
+        gguf, hf = write_random_pair(tmp_path, config)
+    with pytest.raises(ArchitectureError, match=f"its layers hold .*{said}.* not supported"):
+        open_headers(str(gguf), str(hf))
 
 
 def test_a_new_family_is_none_that_the_table_has():

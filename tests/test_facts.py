@@ -161,8 +161,13 @@ def test_no_heads_is_no_division_by_zero():
             {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 512,
              "beta_fast": 16.0, "beta_slow": 2.0},
         ),
+        (  # 0.1 * 0.5 * ln(4) + 1 over 0.1 * ln(4) + 1, in units of the latter
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+             "rope.scaling.attn_factor": 1.0693147180559945 / 1.1386294361119891**2},
+            {"rope_type": "yarn", "factor": 4.0, "mscale": 0.5, "mscale_all_dim": 1.0},
+        ),
     ],
-    ids=["none", "said", "linear1", "linear4", "yarn", "yarn-betas"],
+    ids=["none", "said", "linear1", "linear4", "yarn", "yarn-betas", "yarn-mscale"],
 )  # fmt: skip
 def test_scaling_is_the_same_fact_on_both_sides(keys, rope):
     model = from_gguf(**keys).rope_scaling
@@ -178,6 +183,9 @@ def test_scalings_that_differ_do_not_agree():
     assert not agree(a, from_gguf(**yarn | {"rope.scaling.factor": 2.0}).rope_scaling)
     assert not agree(a, from_gguf(**yarn | {"rope.scaling.attn_factor": 2.0}).rope_scaling)
     assert not agree(a, replace(a, kind="linear"))
+    rope = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}
+    assert agree(a, from_config(rope_parameters=rope).rope_scaling)
+    assert not agree(a, from_config(rope_parameters={**rope, "truncate": False}).rope_scaling)
 
 
 def test_yarn_scales_attention_by_the_paper():
@@ -281,7 +289,7 @@ def matters(name, tokens, model=None, oracle=None):
     )
 
 
-@pytest.mark.parametrize("name", ["norm_eps", "rope_scaling", "activation"])
+@pytest.mark.parametrize("name", ["norm_eps", "activation"])
 def test_some_facts_always_matter(name):
     assert matters(name, 1)
 
@@ -289,6 +297,18 @@ def test_some_facts_always_matter(name):
 def test_the_base_of_rope_matters_from_the_second_token_on():
     assert not matters("rope_theta", 1)
     assert matters("rope_theta", 2)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(9, False), (10, False), (11, True)])
+def test_dynamic_scaling_matters_beyond_the_context(tokens, expected):
+    dynamic = from_config(
+        max_position_embeddings=10,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "dynamic", "factor": 2.0},
+    ).rope_scaling
+    assert matters("rope_scaling", tokens, oracle={"rope_scaling": dynamic}) is expected
+    yarn = RopeScaling(kind="yarn", factor=2.0)
+    assert matters("rope_scaling", 1, {"rope_scaling": yarn}, {"rope_scaling": dynamic})
+    assert matters("rope_scaling", 1, {"rope_scaling": yarn})
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(9, False), (10, False), (11, True)])
