@@ -64,7 +64,9 @@ class ProgressLine:
         now = time.monotonic()
         self._text = line(what, done, total, now - self._started, peak_rss())
         if self._reporter.isatty:
-            self._reporter.rewrite(self._text, erase=True)
+            # what is wider would wrap, and could not be written over
+            width = self._reporter._tw.fullwidth
+            self._reporter.rewrite(self._text[: width - 1], erase=True)
         elif now - self._last >= _PLAIN_EVERY_S:
             self._last = now
             self._reporter.write_line(self._text)

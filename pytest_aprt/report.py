@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union, cast
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.images import DECADES
 from pytest_aprt.positions import STRAYS
+from pytest_aprt.sources._files import replace_file
 from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
@@ -554,23 +554,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SettingsError: the folder cannot be made or written.
     """
-    part: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        part = Path(name)
-        with open(handle, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-        part.chmod(0o644)
-        part.replace(path)
-        part = None
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise SettingsError(
             f"cannot write {path}: {error.strerror}; choose another folder with --aprt-report"
         ) from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Report:

@@ -292,8 +292,9 @@ class Workbench:
         saved, verbosity = self._settings.report, self.config.getoption("verbose")
         if verbosity >= 0:
             terminalreporter.section("forward-pass parity", sep="=", bold=True)
+        width = terminalreporter._tw.fullwidth
         for text, markup in terminal.render(
-            self.report, None if saved is None else str(saved), verbosity
+            self.report, None if saved is None else str(saved), verbosity, width
         ):
             terminalreporter.write_line(text, **markup)
         if summary := _step_summary():  # now, when the contracts have been judged, too

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import struct
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -145,6 +148,28 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_tensor(tmp_path / "x.bin", 0, ONES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("builtin", [open, os.open], ids=["open", "os.open"])
+def test_an_interrupt_as_a_file_is_opened_leaves_no_file_object(tmp_path, builtin):
+    """Which would warn when it is forgotten: an error in suites that allow no warnings."""
+
+    def interrupt(frame, event, function):
+        if event == "c_return" and function is builtin:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                write_tensor(tmp_path / "x.bin", 0, ONES)
+        finally:
+            sys.setprofile(None)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
     assert not list(tmp_path.iterdir())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from pytest_aprt.progress import line
+from pytest_aprt.progress import ProgressLine, line
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,19 @@ from pytest_aprt.progress import line
 def test_the_line_has_layer_rate_time_left_and_memory(given, expected):
     assert line(*given) == expected
     assert len(expected) <= 80
+
+
+def test_the_line_is_no_wider_than_the_terminal():
+    """A line that wraps cannot be written over."""
+    shown = []
+    reporter = SimpleNamespace(
+        isatty=True,
+        _tw=SimpleNamespace(fullwidth=40),
+        rewrite=lambda text, erase: shown.append(text),
+        write_line=shown.append,
+    )
+    plugins = SimpleNamespace(get_plugin=lambda name: reporter)
+    config = SimpleNamespace(pluginmanager=plugins, getoption=lambda name, default: 0)
+    with ProgressLine(config, 0.0) as progress:
+        progress("layer 0", 1, 29)
+    assert shown[0].startswith("aprt: [") and len(shown[0]) == 39

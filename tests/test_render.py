@@ -44,6 +44,13 @@ def test_the_summary_is_small_and_plain(name, shape, saved):
     assert any(line.startswith("report: ") for line in lines[-3:])
 
 
+@every_report
+@pytest.mark.parametrize("verbosity", [0, 1])
+def test_the_summary_fits_a_narrow_terminal(name, verbosity):
+    lines = [text for text, _ in terminal.render(report_of(name), None, verbosity, width=60)]
+    assert [line for line in lines if len(line) > 60] == []
+
+
 @every_shape
 @every_report
 def test_quiet_is_one_line_and_verbose_has_every_point(name, shape):

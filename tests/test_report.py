@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path, monk
     if broken == "replace":
         monkeypatch.setattr(Path, "replace", full)
     else:
-        monkeypatch.setattr(Path, "chmod", full)
+        monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SettingsError, match=r"cannot write .*: No space left on device; "):
         reports.write_text(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["report.md"]

@@ -49,36 +49,44 @@ class Line(NamedTuple):
     markup: Mapping[str, bool] = {}
 
 
-def render(report: Report, saved_to: str | None, verbosity: int = 0) -> list[Line]:
+def render(
+    report: Report, saved_to: str | None, verbosity: int = 0, width: int = WIDTH
+) -> list[Line]:
     """Return the summary.
 
     Args:
         report: of the finished run.
         saved_to: the folder of the written report, if any.
         verbosity: pytest's; below 0 the verdict's sentence alone, above 0 all points too.
+        width: columns of the terminal; no more than 80 are used.
     """
+    width = min(width, WIDTH)
     verdict = report["verdict"]
     colour = {"bold": True, "green" if passes(report) else "red": True}
     if verbosity < 0:
         return [Line(ascii_only(verdict["summary"]), colour)]
-    head = [Line(text, colour) for text in _wrap(verdict["summary"], 4)]
-    head += _baseline(report) + _origins(report) + _failed_self_tests(report) + [Line("")]
-    body = _points(report) if verbosity > 0 else _layers(report)
+    head = [Line(text, colour) for text in _wrap(verdict["summary"], width, 4)]
+    for part in (_baseline, _origins, _failed_self_tests):
+        head += part(report, width)
+    head.append(Line(""))
+    body = (_points if verbosity > 0 else _layers)(report, width)
     kept = f"report: {saved_to}" if saved_to else "report: none kept (--aprt-report DIR keeps it)"
-    tail = [Line(text) for text in _wrap(kept, 3)]
+    tail = [Line(text) for text in _wrap(kept, width, 3)]
     space = LINES - len(head) - len(tail) - (0 if verbosity > 0 else len(body))
-    notes = [Line(text) for note in report["notes"] for text in _wrap(f"note: {note}", LINES)]
+    notes = [
+        Line(text) for note in report["notes"] for text in _wrap(f"note: {note}", width, LINES)
+    ]
     if len(notes) > space:
         left = f"{len(report['notes'])} notes: see the report"
         notes = [*notes[: max(space - 1, 0)], Line(left)][: max(space, 0)]
     return head + body + notes + tail
 
 
-def _wrap(text: str, most: int, indent: str = "") -> list[str]:
+def _wrap(text: str, width: int, most: int, indent: str = "") -> list[str]:
     """Return at most ``most`` lines of plain ASCII."""
     return textwrap.wrap(
         ascii_only(text),
-        WIDTH,
+        width,
         initial_indent=indent,
         subsequent_indent=indent,
         max_lines=most,
@@ -86,7 +94,7 @@ def _wrap(text: str, most: int, indent: str = "") -> list[str]:
     )
 
 
-def _baseline(report: Report) -> list[Line]:
+def _baseline(report: Report, width: int) -> list[Line]:
     if "baseline" not in report:
         return []
     found = report["baseline"]
@@ -95,71 +103,81 @@ def _baseline(report: Report) -> list[Line]:
         if names := found[kind]:  # type: ignore[literal-required]
             text = f"{kind} than the baseline: {', '.join(names[:3])}"
             text += f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines += [Line(line, {colour: True}) for line in _wrap(text, 1)]
+            lines += [Line(line, {colour: True}) for line in _wrap(text, width, 1)]
     if not found["worse"]:
         lines.append(Line(f"nothing is worse than the baseline; {len(found['known'])} known"))
     return lines
 
 
-def _origins(report: Report) -> list[Line]:
+def _origins(report: Report, width: int) -> list[Line]:
     origins = report["verdict"]["origins"]
     lines = []
     for origin in origins[:_ORIGINS]:
         text = f"origin {span(origin)}: local rel_l2 {size(origin)}"
-        lines += [Line(line, _COLOURS["diverged"]) for line in _wrap(text, 1)]
+        lines += [Line(line, _COLOURS["diverged"]) for line in _wrap(text, width, 1)]
         if origin["hint"] and origin is origins[0]:
-            lines += [Line(line) for line in _wrap(origin["hint"], 3, indent="  ")]
+            lines += [Line(line) for line in _wrap(origin["hint"], width, 3, indent="  ")]
     if len(origins) > _ORIGINS:
         lines.append(Line(f"and {len(origins) - _ORIGINS} further origins"))
     return lines
 
 
-def _failed_self_tests(report: Report) -> list[Line]:
+def _failed_self_tests(report: Report, width: int) -> list[Line]:
     failed = [test for test in report["self_test"] if not test["passed"]]
     return [
         Line(text, _COLOURS["inconclusive"])
         for test in failed[:2]
-        for text in _wrap(f"self-test {test['name']}: {test['detail']}", 1)
+        for text in _wrap(f"self-test {test['name']}: {test['detail']}", width, 1)
     ]
 
 
-def _row(name: str, point: PointJson) -> str:
+_COLUMNS = {75: (25, 14, 12, 12, 12), 0: (23, 12, 10, 8, 7)}
+"""Widths of a table's columns, by the width that the terminal must have."""
+
+
+def _cells(width: int, first: str, status: str, *numbers: str) -> str:
+    a, b, *rest = next(columns for least, columns in _COLUMNS.items() if width >= least)
+    cells = [f"{number:>{n}}" for number, n in zip(numbers, rest, strict=True)]
+    return f"{first:{a}}{status:{b}}" + "".join(cells)
+
+
+def _row(name: str, point: PointJson, width: int) -> Line:
     numbers = (cosine(point["total"]), rel_l2(point["engine"]), rel_l2(point["local"]))
-    return f"{name:25}{point['status']:14}" + "".join(f"{number:>12}" for number in numbers)
+    return Line(_cells(width, name, point["status"], *numbers), _COLOURS[point["status"]])
 
 
-_HEAD = Line(f"{'point':25}{'status':14}{'total cos':>12}{'engine':>12}{'local':>12}")
+def _head(first: str, width: int) -> Line:
+    return Line(_cells(width, first, "status", "total cos", "engine", "local"))
 
 
-def _points(report: Report) -> list[Line]:
-    rows = [Line(_row(p["point"], p), _COLOURS[p["status"]]) for p in report["points"]]
-    return [Line(_counted(report)), _HEAD, *rows]
+def _points(report: Report, width: int) -> list[Line]:
+    rows = [_row(p["point"], p, width) for p in report["points"]]
+    return [*map(Line, _wrap(_counted(report), width, 2)), _head("point", width), *rows]
 
 
 def _counted(report: Report) -> str:
     return f"{len(report['points'])} points: {counts(report)}"
 
 
-def _layers(report: Report) -> list[Line]:
+def _layers(report: Report, width: int) -> list[Line]:
     layers = by_layer(report)
-    lines = [Line(text) for text in _wrap(_counted(report), 2)]
+    lines = [Line(text) for text in _wrap(_counted(report), width, 2)]
     if not layers:
         return lines
     worst = {layer: worst_of(points) for layer, points in layers.items()}
     if len(layers) <= _TABLE_LAYERS:
-        lines.append(_HEAD._replace(text=_HEAD.text.replace("point", "worst", 1)))
+        lines.append(_head("worst", width))
         return lines + [
-            Line(_row(p["point"] if layer is None else f"{layer_name(layer)}-{p['stage']}", p),
-                 _COLOURS[p["status"]])
+            _row(p["point"] if layer is None else f"{layer_name(layer)}-{p['stage']}", p, width)
             for layer, p in worst.items()
-        ]  # fmt: skip
+        ]
     signs = "".join(SYMBOLS[p["status"]] for p in worst.values())
-    lines += [Line(text) for text in _wrap(f"worst status of each layer: {signs}", 4)]
+    lines += [Line(text) for text in _wrap(f"worst status of each layer: {signs}", width, 4)]
     used = ", ".join(f"{sign} {status}" for status, sign in SYMBOLS.items() if sign in signs)
     last = "; last sign: the head" if None in layers else ""
-    lines += [Line(text) for text in _wrap(f"({used}{last})", 2, indent="  ")]
+    lines += [Line(text) for text in _wrap(f"({used}{last})", width, 2, indent="  ")]
     p = worst_of(report["points"])
     bound = f" (tolerance {small(p['tolerance']['rel_l2'])})" if p["tolerance"] else ""
     text = f"worst point: {p['point']}, total cosine {cosine(p['total'])}, local "
     text += rel_l2(p["local"]) + bound
-    return lines + [Line(line, _COLOURS[p["status"]]) for line in _wrap(text, 2)]
+    return lines + [Line(line, _COLOURS[p["status"]]) for line in _wrap(text, width, 2)]

@@ -97,6 +97,31 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def replace_file(path: Path, *blocks: bytes | memoryview) -> None:
+    """Write beside the target, then rename onto it: readers see the old file or the new one.
+
+    Its folder is made where absent; a failure leaves nothing.
+
+    Raises:
+        OSError: it cannot be written, for instance on a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # An interrupt between opening and `with` must not leave a file object that warns.
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with open(handle, "wb", closefd=False) as file:
+                file.writelines(blocks)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def sha256_of(paths: Iterable[Path]) -> str:
     """Return the hex SHA-256 of the files' bytes, one file after another.
 

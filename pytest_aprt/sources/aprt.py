@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_aprt.errors import SettingsError, SourceError
-from pytest_aprt.sources._files import file_size, json_object, one_line, reason
+from pytest_aprt.sources._files import file_size, json_object, one_line, reason, replace_file
 from pytest_aprt.stages import STAGES, Stage, stage_named
 
 WHOLE_MODEL = 0xFFFFFFFF
@@ -227,19 +227,8 @@ def _layer_text(layer: int) -> str:
 
 
 def _write(path: Path, *blocks: bytes | memoryview) -> None:
-    """Write beside the target, then rename onto it: readers see the old file or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("wb") as file:
-                file.writelines(blocks)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+        replace_file(path, *blocks)
     except OSError as error:
         raise SourceError(f"{one_line(path)}: cannot be written: {reason(error)}") from None
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,8 @@ class DumpWriter:
         refuse_foreign(self._target)
 
     def __enter__(self) -> DumpWriter:
+        above = (self._target.parent, *self._target.parent.parents)
+        self._made = [folder for folder in above if not folder.exists()]
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             prefix = f".{self._target.name}."
@@ -87,6 +90,10 @@ class DumpWriter:
                 self._complete()
         finally:
             shutil.rmtree(self._draft, ignore_errors=True)
+            if error is not None:
+                with suppress(OSError):  # another has written there
+                    for folder in self._made:
+                        folder.rmdir()
 
     def _complete(self) -> None:
         write_manifest(
