@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -52,14 +51,11 @@ class DumpWriter:
         refuse_foreign(self._target)
 
     def __enter__(self) -> DumpWriter:
-        above = (self._target.parent, *self._target.parent.parents)
-        self._made = [folder for folder in above if not folder.exists()]
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            # folders above the target are made at the end: without a dump there is no need of them
+            there = next(folder for folder in self._target.parents if os.path.lexists(folder))
             prefix = f".{self._target.name}."
-            self._draft = Path(
-                tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=self._target.parent)
-            )
+            self._draft = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=there))
             (self._draft / INCOMPLETE).touch()
         except (OSError, ValueError) as error:
             raise self._not_written(error) from None
@@ -90,10 +86,6 @@ class DumpWriter:
                 self._complete()
         finally:
             shutil.rmtree(self._draft, ignore_errors=True)
-            if error is not None:
-                with suppress(OSError):  # another has written there
-                    for folder in self._made:
-                        folder.rmdir()
 
     def _complete(self) -> None:
         write_manifest(
@@ -107,6 +99,7 @@ class DumpWriter:
             self._draft.chmod(0o777 & ~_umask())
             (self._draft / INCOMPLETE).unlink()
             refuse_foreign(self._target)
+            self._target.parent.mkdir(parents=True, exist_ok=True)
             if self._target.exists():
                 old = self._draft.with_name(f"{self._draft.name}.old")
                 self._target.rename(old)

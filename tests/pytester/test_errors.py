@@ -123,10 +123,13 @@ def test_an_interrupt_while_the_models_run(healthy, monkeypatch, workers):
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     healthy.pytester.makeconftest(INTERRUPTING)
-    result = healthy("--aprt-report=out", *workers, subprocess=True)
+    healthy.pytester.makeini("[pytest]\nfilterwarnings = error\n")
+    result = healthy("--aprt-report=out", "--aprt-dump=all/dumps", *workers, subprocess=True)
     assert result.ret == 2
-    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    text = result.stdout.str() + result.stderr.str()
+    assert "INTERNALERROR" not in text and "Traceback" not in text
     assert not (healthy.path / "out").exists()
+    assert not (healthy.path / "all").exists()
     assert list(temporary.glob("aprt-*")) == []
 
 
