@@ -11,12 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from pytest_aprt.errors import AprtError, CaptureError, blame
 from pytest_aprt.facts import Facts
 from pytest_aprt.positions import token_axis
 from pytest_aprt.stages import STAGES, StageGraph, point_id
+from pytest_aprt.strips import Strips, of_array
 
 
 class LayerStages(NamedTuple):
@@ -125,7 +127,7 @@ class CheckedEngine:
     ) -> dict[str, torch.Tensor]:
         known = {stage.name: stage for stage in self._graph.of_layer(layer)}
         sizes = self._facts.sizes(tokens)
-        checked = {}
+        checked: dict[str, torch.Tensor] = {}
         for name, value in stages.items():
             if name not in known:
                 reason = "has no such stage here" if name in STAGES else "is unknown"
@@ -133,6 +135,9 @@ class CheckedEngine:
                     f"{self._name} yielded stage {name!r} in layer {layer}, which {reason}: "
                     f"expected some of {', '.join(known)}"
                 )
+            if isinstance(value, Strips):
+                checked[name] = value
+                continue
             try:
                 tensor = torch.as_tensor(value).detach().to("cpu", torch.float32)
             except (TypeError, ValueError, RuntimeError) as error:
@@ -148,5 +153,8 @@ class CheckedEngine:
                     f"{self._name}: {point_id(layer, name)} has shape {tuple(tensor.shape)}, "
                     f"expected {shape} for {tokens} tokens ({', '.join(known[name].shape)})"
                 )
-            checked[name] = tensor.reshape(shape).clone()
+            tensor = tensor.reshape(shape)
+            if not isinstance(value, np.memmap):  # an engine may use its memory again
+                tensor = tensor.clone()
+            checked[name] = of_array(tensor) if tensor.ndim == 3 else tensor
         return checked

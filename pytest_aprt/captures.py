@@ -14,6 +14,8 @@ from pytest_aprt.errors import SettingsError
 from pytest_aprt.stages import Point, stage_named
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pytest_aprt.capture import LayerStages
     from pytest_aprt.report import Report
 
@@ -39,13 +41,25 @@ class CaptureWriter:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, tensor in captured.stages.items():
-                    np.save(folder / f"{Point(captured.layer, name)}.npy", tensor.numpy())
+                    _save(folder / f"{Point(captured.layer, name)}.npy", tensor)
             except OSError as error:
                 raise SettingsError(
                     f"cannot keep the captured stages in {folder}: {error.strerror or error}; a "
                     "test asks for aprt_model or aprt_oracle; choose a disk with room by TMPDIR"
                 ) from error
             yield captured
+
+
+def _save(path: Path, tensor: Tensor) -> None:
+    from pytest_aprt import strips
+
+    if not isinstance(tensor, strips.Strips):
+        np.save(path, tensor.numpy())
+        return
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(tensor.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        strips.write(file, tensor)
 
 
 class Captures(Mapping[str, NDArray[np.float32]]):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from pytest_aprt.arithmetic import FLOAT32_ULP, Tolerance
 from pytest_aprt.facts import Facts
-from pytest_aprt.images import Image, image_of
+from pytest_aprt.images import Image, Picture, image_of, picture_of
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Stage
+from pytest_aprt.strips import Strips, each, mapped, rows
+
+_T = TypeVar("_T")
 
 TOP_DIFFS = 5
 
@@ -99,6 +102,13 @@ class View:
             return self.visible[self.first :].expand(*shape)
         return None
 
+    def part(self, queries: range) -> View:
+        """Return the view of a strip of these queries."""
+        first, visible = self.first + queries.start, self.visible
+        if visible is not None:
+            visible = visible[: self.first + queries.stop]
+        return replace(self, first=first, visible=visible)
+
     def place(self, axis: str | None, index: int) -> int:
         """Return an index along an axis as the whole prompt counts it."""
         return index + self.first if axis == "token" else index
@@ -116,11 +126,28 @@ class View:
 
 def non_finite(tensor: Tensor, view: View) -> int:
     """Return how many of the elements that count are NaN or infinite."""
-    values = view(tensor)
-    counted = view.counted(values.shape)
-    if counted is not None:
-        values = values.where(counted, 0.0)
-    return 0 if _is_finite(values) else int((~torch.isfinite(values)).sum())
+
+    def counted_in(view: View, tensor: Tensor) -> int:
+        values = view(tensor)
+        counted = view.counted(values.shape)
+        if counted is not None:
+            values = values.where(counted, 0.0)
+        return 0 if _is_finite(values) else int((~torch.isfinite(values)).sum())
+
+    return sum(_by_strips(counted_in, view, tensor))
+
+
+def _by_strips(function: Callable[..., _T], view: View, *sides: Tensor) -> list[_T]:
+    """Return ``function(view, *sides)``, of every strip where one of the sides has them."""
+    strips = next((side for side in sides if isinstance(side, Strips)), None)
+    if strips is None:
+        return [function(view, *sides)]
+
+    def of_strip(queries: range) -> _T:
+        made = {id(side): rows(side, queries) for side in sides}  # each once, whoever shares it
+        return function(view.part(queries), *(made[id(side)] for side in sides))
+
+    return each(strips.shape, of_strip)
 
 
 def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False) -> Metrics:
@@ -133,14 +160,67 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
         top: how many of the largest differences to keep; the first gives ``max_abs``.
         pictured: whether to keep the difference as a small image too.
     """
+    (found,) = measure_each([Comparison(a, b, top, pictured)], view)
+    return found
+
+
+class Comparison(NamedTuple):
+    """What ``measure`` is asked for, of one stage."""
+
+    a: Tensor
+    b: Tensor
+    top: int = 1
+    pictured: bool = False
+
+
+def measure_each(comparisons: Sequence[Comparison], view: View) -> list[Metrics]:
+    """Return the metrics of every comparison; a strip that several share is made once."""
+
+    def partial_sums(view: View, *sides: Tensor) -> list[_Sums]:
+        pairs = zip(sides[::2], sides[1::2], comparisons, strict=True)
+        return [_sums(a, b, view, asked.top, asked.pictured) for a, b, asked in pairs]
+
+    sides = [side for asked in comparisons for side in (asked.a, asked.b)]
+    parts = zip(*_by_strips(partial_sums, view, *sides), strict=True)
+    return [_metrics(part, view, c.top) for part, c in zip(parts, comparisons, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """What metrics are made of, of a tensor or a strip."""
+
+    products: tuple[float, float, float, float]  # <a,a>, <b,b>, <a,b>, <a-b,a-b>
+    compared: int
+    non_finite: tuple[int, int]
+    largest: tuple[Difference, ...]
+    tokens: Tensor | None  # (2, T): norm of the error and of b
+    picture: Picture | None
+
+
+def _sums(a: Tensor, b: Tensor, view: View, top: int, pictured: bool) -> _Sums:
     used, bad, x, y = _usable(view, view(a), view(b))
-    bad_x, bad_y = bad or (None, None)
     d = (x - y).abs()
     xx, yy, xy, dd = (
         float(v.reshape(-1).dot(w.reshape(-1))) for v, w in ((x, x), (y, y), (x, y), (d, d))
     )
     compared = x.numel() if used is None else int(used.sum())
-    largest = _top(x, y, d, view, top) if compared else ()
+    either = None if bad is None else bad[0] | bad[1]
+    return _Sums(
+        products=(xx, yy, xy, dd),
+        compared=compared,
+        non_finite=(0, 0) if bad is None else (int(bad[0].sum()), int(bad[1].sum())),
+        largest=_top(x, y, d, view, top) if compared else (),
+        tokens=_token_norms(d, y, view),
+        picture=picture_of(d, either, view.stage.axes) if pictured else None,
+    )
+
+
+def _metrics(parts: Sequence[_Sums], view: View, top: int) -> Metrics:
+    xx, yy, xy, dd = (sum(column) for column in zip(*(p.products for p in parts), strict=True))
+    compared = sum(part.compared for part in parts)
+    bad_a, bad_b = (sum(column) for column in zip(*(p.non_finite for p in parts), strict=True))
+    found = [difference for part in parts for difference in part.largest]
+    largest = tuple(sorted(found, key=lambda d: -abs(d.a - d.b))[:top])
     nan = math.nan
     return Metrics(
         cosine=xy / math.sqrt(xx * yy) if xx and yy else nan,
@@ -153,15 +233,21 @@ def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = 
         sqnr_db=10 * math.log10(yy / dd)
         if dd and yy
         else (math.inf if compared and not dd else nan),
-        non_finite_a=0 if bad_x is None else int(bad_x.sum()),
-        non_finite_b=0 if bad_y is None else int(bad_y.sum()),
-        worst_token=_worst_token(d, y, view) if compared else None,
+        non_finite_a=bad_a,
+        non_finite_b=bad_b,
+        worst_token=_worst_token([p.tokens for p in parts], view) if compared else None,
         compared=compared,
         top_diffs=largest,
-        image=image_of(d, None if bad is None else bad[0] | bad[1], view.stage.axes)
-        if pictured
-        else None,
+        image=image_of([part.picture for part in parts], view.stage.axes),
     )
+
+
+def read(
+    model: Tensor, reference: Reference, view: View, tolerance: Tolerance
+) -> tuple[Metrics, Slice | None]:
+    """Return what ``measure`` and ``judge`` say of a replay."""
+    local = measure(model, reference.value, view, TOP_DIFFS, pictured=True)
+    return local, judge(model, reference, view, tolerance)
 
 
 def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance) -> Slice | None:
@@ -182,18 +268,30 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
     worst = _judged(model, reference, view, tolerance, reference.value)
     if worst is None or worst.excess <= QUIET:
         return worst
-    return _judged(model, reference, view, tolerance, reference.response / FLOAT32_ULP)
+    response = mapped(lambda r: r / FLOAT32_ULP, reference.response)
+    return _judged(model, reference, view, tolerance, response)
 
 
 def _judged(
     model: Tensor, reference: Reference, view: View, tolerance: Tolerance, response: Tensor
 ) -> Slice | None:
-    used, _, x, y, r = _usable(view, *map(view, (model, reference.value, response)))
-    if used is not None and not bool(used.any()):
+    doubts = () if reference.doubt is None else (reference.doubt,)
+    parts = _by_strips(_squares, view, model, reference.value, response, *doubts)
+    if not any(used for used, _ in parts):
         return None
+    sums = {axis: [found[axis] for _, found in parts] for axis in ("all", *view.stage.slices)}
+    slices = [_worst(axis, _together(axis, some), tolerance, view) for axis, some in sums.items()]
+    return max(slices, key=lambda s: s.excess)
+
+
+def _squares(
+    view: View, model: Tensor, value: Tensor, response: Tensor, doubt: Tensor | None = None
+) -> tuple[bool, dict[str, _Squares]]:
+    """Return whether anything can be compared, and the sums of every slice by axis."""
+    used, _, x, y, r = _usable(view, *map(view, (model, value, response)))
     error = x - y
-    if reference.doubt is not None:
-        error = (error.abs() - view(reference.doubt)).clamp(min=0.0)
+    if doubt is not None:
+        error = (error.abs() - view(doubt)).clamp(min=0.0)
         error = error if used is None else error.where(used, 0.0)
     sums = _Squares(
         error=error.square(),
@@ -201,10 +299,9 @@ def _judged(
         response=r.square(),
         elements=torch.ones_like(y) if used is None else used.double(),
     )
-    slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance, view)]
-    for axis in view.stage.slices:
-        slices.append(_worst(axis, sums.over(_summed(axis, view)), tolerance, view))
-    return max(slices, key=lambda s: s.excess)
+    found = {"all": sums.over(lambda v: v.sum()[None])}
+    found |= {axis: sums.over(_summed(axis, view)) for axis in view.stage.slices}
+    return used is None or bool(used.any()), found
 
 
 class _Squares(NamedTuple):
@@ -217,6 +314,13 @@ class _Squares(NamedTuple):
 
     def over(self, summed: Callable[[Tensor], Tensor]) -> _Squares:
         return _Squares(*map(summed, self))
+
+
+def _together(axis: str, parts: Sequence[_Squares]) -> _Squares:
+    """Return the sums over all strips, each of which has tokens of its own."""
+    if axis == "token" or len(parts) == 1:
+        return _Squares(*map(torch.cat, zip(*parts, strict=True)))
+    return _Squares(*(torch.stack(some).sum(0) for some in zip(*parts, strict=True)))
 
 
 def _summed(axis: str, view: View) -> Callable[[Tensor], Tensor]:
@@ -281,11 +385,18 @@ def _rows_with(bad: Tensor) -> Tensor:
     return bad.any(-1, keepdim=True).expand_as(bad)
 
 
-def _worst_token(d: Tensor, y: Tensor, view: View) -> tuple[int, float] | None:
+def _token_norms(d: Tensor, y: Tensor, view: View) -> Tensor | None:
     if "token" not in view.stage.axes:
         return None
     others = [i for i, name in enumerate(view.stage.axes) if name != "token"]
-    error, norm = (torch.linalg.vector_norm(v, dim=others) for v in (d, y))
+    return torch.stack([torch.linalg.vector_norm(v, dim=others) for v in (d, y)])
+
+
+def _worst_token(parts: Sequence[Tensor | None], view: View) -> tuple[int, float] | None:
+    norms = [part for part in parts if part is not None]
+    if not norms:
+        return None
+    error, norm = torch.cat(norms, dim=1)
     ratio = torch.where(norm > 0, error / norm, torch.where(error > 0, torch.inf, 0.0))
     index = int(ratio.argmax())
     return view.place("token", index), float(ratio[index])

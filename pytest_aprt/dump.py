@@ -17,8 +17,11 @@ from pytest_aprt.sources.aprt import DumpFolder
 from pytest_aprt.sources.aprt_writer import DumpWriter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pytest_aprt.capture import LayerStages
     from pytest_aprt.measure import Keep, Prompt
+    from pytest_aprt.strips import Strips
 
 
 class DumpRunner:
@@ -140,12 +143,22 @@ def kept_in(folder: Path, prompts: Sequence[Prompt], fields: Fields, keep: Keep)
     return keep_both
 
 
+def as_array(value: Tensor) -> NDArray[np.float32] | Strips:
+    """Return what a writer takes: an array, or the stage of a long prompt as it is."""
+    from pytest_aprt.strips import Strips
+
+    if isinstance(value, Strips):
+        return value
+    array: NDArray[np.float32] = value.numpy()
+    return array
+
+
 def _written(writer: DumpWriter, layers: Iterable[LayerStages]) -> Iterator[LayerStages]:
     captures = iter(layers)
     with writer:
         for captured in captures:
             for stage, value in captured.stages.items():
-                writer.write(captured.layer, stage, value.numpy())
+                writer.write(captured.layer, stage, as_array(value))
             if captured.layer is None:  # nobody asks for more after the last one
                 break
             yield captured

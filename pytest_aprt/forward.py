@@ -19,6 +19,7 @@ from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, Architecture
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.facts import Facts, RopeScaling
 from pytest_aprt.matrices import together, until
+from pytest_aprt.strips import joined, rows, stripped
 from pytest_aprt.weights import WeightSource, logits, times
 
 
@@ -141,11 +142,20 @@ def layer(
         k, v = extend(k, v)  # (S+T, g, D)
 
     shared = torch.arange(n) // (n // g)  # the kv head that each head reads
-    scores = torch.einsum("tnd,snd->nts", q, k[:, shared]) / math.sqrt(d)  # (n, T, T)
-    s["attn_scores"] = scores
-    s["attn_softmax"] = torch.softmax(scores + mask, dim=-1)  # (n, T, T)
-    mixed = torch.einsum("nts,snd->tnd", s["attn_softmax"], v[:, shared])
-    s["attention"] = mixed.flatten(1)  # (T, nD)
+    keys, values = k[:, shared], v[:, shared]  # (T, n, D)
+
+    def scores(t: range) -> Tensor:  # of some queries: (n, t, T)
+        return torch.einsum("tnd,snd->nts", q[t.start : t.stop], keys) / math.sqrt(d)
+
+    def probabilities(t: range) -> Tensor:
+        return torch.softmax(rows(scored, t) + mask[t.start : t.stop], dim=-1)
+
+    def mix(p: Tensor, t: range) -> Tensor:
+        return torch.einsum("nts,snd->tnd", p, values).flatten(1)
+
+    s["attn_scores"] = scored = stripped((n, len(q), len(k)), scores)  # (n, T, T)
+    s["attn_softmax"] = stripped((n, len(q), len(k)), probabilities)  # (n, T, T)
+    s["attention"] = joined(s["attn_softmax"], mix)  # (T, nD)
     s["attn_out"] = times(w, "self_attn.o_proj.weight", s["attention"])  # (T, H)
     s["post_attn_residual"] = x + s["attn_out"]
 

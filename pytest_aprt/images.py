@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,16 @@ class Image:
     levels: bytes
 
 
-def image_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) -> Image | None:
-    """Return the image of a difference; None where it has one axis, or is zero everywhere.
+class Picture(NamedTuple):
+    """A difference whose columns are pooled, of a tensor or of a strip of it."""
+
+    pooled: Tensor  # (rows, pixels)
+    columns: int
+    largest: float  # of what is finite
+
+
+def picture_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) -> Picture | None:
+    """Return the first half of an image; None where the difference has one axis or no element.
 
     Args:
         difference: ``|a - b|``, shaped as ``axes``, finite.
@@ -44,25 +53,45 @@ def image_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) -> I
         axes: names; heads are laid beside each other, or over each other for scores.
     """
     from torch import inf
-    from torch.nn.functional import adaptive_max_pool2d
+    from torch.nn.functional import adaptive_max_pool1d
 
     if difference.ndim < 2 or not difference.numel():
         return None
     largest = float(difference.max())
     marked = difference if bad is None else difference.masked_fill(bad, inf)
     if axes[0] == "head":
-        marked, axes = marked.amax(0), axes[1:]
+        marked = marked.amax(0)
     flat = marked.reshape(marked.shape[0], -1)
-    shape = (flat.shape[0], flat.shape[1])
-    pixels = (min(shape[0], LARGEST), min(shape[1], LARGEST))
-    pooled = adaptive_max_pool2d(flat[None].float(), pixels)[0]
+    columns = flat.shape[1]
+    pooled = adaptive_max_pool1d(flat.float(), min(columns, LARGEST))
+    return Picture(pooled, columns, largest)
+
+
+def image_of(parts: Sequence[Picture | None], axes: tuple[str, ...]) -> Image | None:
+    """Return the image of a difference from its strips; None where it is zero everywhere.
+
+    Args:
+        parts: what ``picture_of`` gives for each strip, in order.
+        axes: names, as there.
+    """
+    import torch
+    from torch.nn.functional import adaptive_max_pool1d
+
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    flat = torch.cat([part.pooled for part in found])
+    largest = max(part.largest for part in found)
+    shape = (flat.shape[0], found[0].columns)
+    pixels = (min(shape[0], LARGEST), flat.shape[1])
+    pooled = adaptive_max_pool1d(flat.T, pixels[0]).T
     if not float(pooled.max()) > 0:
         return None
     scale = math.log10(largest) if largest > 0 else 0.0
     levels = ((pooled.log10() - scale + DECADES) / DECADES * 254).clamp(0, 254).round()
     levels = levels.masked_fill(pooled.isinf(), NON_FINITE).nan_to_num(0)
     return Image(
-        rows=axes[0],
+        rows=next(axis for axis in axes if axis != "head"),
         columns=axes[-1],
         shape=shape,
         pixels=pixels,

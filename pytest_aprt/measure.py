@@ -18,7 +18,14 @@ from pytest_aprt import selftest
 from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
-from pytest_aprt.compare import TOP_DIFFS, Metrics, Slice, View, judge, measure
+from pytest_aprt.compare import (
+    Comparison,
+    Metrics,
+    Slice,
+    View,
+    measure_each,
+    read,
+)
 from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.forward import BuiltinRunner
@@ -277,24 +284,30 @@ def _point_errors(
     checks: selftest.Checks,
 ) -> PointErrors:
     name, shape = point.stage, tuple(oracle[point.stage].shape)
-    weights = measure(shadow[name], oracle[name], view)
+    of_weights = Comparison(shadow[name], oracle[name])
     if name not in model:
+        (weights,) = measure_each([of_weights], view)
         return PointErrors(
             point=point, prompt=lane.index, shape=shape, missing=True, weights=weights
         )
     value, replays = model[name], lane.model_replay
     readings = _readings(point, value, replays, view)
     exact = readings[0]
-    born = exact.local.non_finite_a if replays.parents_finite(point, view_of) else 0
+    born = exact.local.non_finite_a
+    if born and not replays.parents_finite(point, view_of):
+        born = 0
     if lane.index == 0:
         checks.canary(point, value, view)
+    of_total = Comparison(value, oracle[name])
+    of_engine = Comparison(value, shadow[name], pictured=True)
+    total, weights, engine = measure_each([of_total, of_weights, of_engine], view)
     return PointErrors(
         point=point,
         prompt=lane.index,
         shape=shape,
-        total=measure(value, oracle[name], view),
+        total=total,
         weights=weights,
-        engine=measure(value, shadow[name], view, pictured=True),
+        engine=engine,
         local=exact.local,
         worst=exact.worst,
         readings=readings,
@@ -342,11 +355,8 @@ def _reading(
         reference = replays.reference(point, arithmetic)
     except UnfitError:
         return None
-    return Reading(
-        arithmetic=arithmetic,
-        local=measure(value, reference.value, view, TOP_DIFFS, pictured=True),
-        worst=judge(value, reference, view, arithmetic.tolerance),
-    )
+    local, worst = read(value, reference, view, arithmetic.tolerance)
+    return Reading(arithmetic=arithmetic, local=local, worst=worst)
 
 
 def _is_far_better(reading: Reading, exact: Reading, *, across: bool) -> bool:

@@ -8,6 +8,7 @@ layers that only note what they are handed, so that no family's glue is written 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from pytest_aprt.architectures import EMBEDDING, FINAL_NORM
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.matrices import Matrix
+from pytest_aprt.strips import STRIP, Strips, each, rows, stripped
 from pytest_aprt.weights import Layer, WeightSource, logits
 
 if TYPE_CHECKING:
@@ -212,24 +214,57 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, None]:
     """Run the family's own eager attention and keep what goes in and what comes between.
 
-    ``query`` is (1, nq, T, D), ``key`` and ``value`` (1, nkv, T, D), both after RoPE.
+    ``query`` is (1, nq, T, D), ``key`` and ``value`` (1, nkv, T, D), both after RoPE. Of a long
+    prompt it is handed some queries at a time.
     """
     family = sys.modules[type(module).__module__]
-    output, probabilities = family.eager_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
+    shape = (query.shape[1], query.shape[2], key.shape[2])
+    shared = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (1, nq, T, D)
+
+    def score(queries: range) -> torch.Tensor:
+        return (rows(query, queries) @ shared.transpose(2, 3) * scaling)[0]
+
+    if math.prod(shape) <= STRIP:
+        output, probabilities = family.eager_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        softmax = probabilities[0]
+    else:
+        ungrouped = _Ungrouped(module)
+        values = value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+        def attend(queries: range, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mask = None if attention_mask is None else rows(attention_mask, queries)
+            found: tuple[torch.Tensor, torch.Tensor] = family.eager_attention_forward(
+                ungrouped, rows(query, queries), shared, values, mask, scaling=scaling, **kwargs
+            )
+            return found
+
+        nothing = values[..., :0]  # where the probabilities alone are asked for
+        softmax = Strips(shape, lambda q: attend(q, nothing)[1][0], query.dtype)
+        output = torch.cat(each(shape, lambda q: attend(q, values)[0]), dim=1)
     stages = getattr(module, "aprt_stages", None)
     if stages is not None:
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
         stages["q_post_rope"] = query[0].transpose(0, 1).flatten(1)  # (T, nq*D)
         stages["k_post_rope"] = key[0].transpose(0, 1).flatten(1)  # (T, nkv*D)
-        stages["attn_scores"] = scores[0]  # (nq, T, T)
-        stages["attn_softmax"] = probabilities[0]  # (nq, T, T)
-    return output, probabilities
+        stages["attn_scores"] = stripped(shape, score, query.dtype)  # (nq, T, T)
+        stages["attn_softmax"] = softmax  # (nq, T, T)
+    return output, None
+
+
+class _Ungrouped:
+    """An attention module whose K and V are shared out among the heads already, once for all."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from torch import Tensor
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD, Architecture
 from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, GGML_INPUTS, Arithmetic
 from pytest_aprt.facts import Facts
+from pytest_aprt.matrices import available_cores
 from pytest_aprt.rounding import ROUNDINGS, Rounded, kept_as
 from pytest_aprt.stages import STAGES
+from pytest_aprt.strips import STRIP, Strips, each, mapped, ranges, rows
 from pytest_aprt.weights import WeightSource, logits, pieces, row_chunks, times
 
 ANGLE_ULPS = 0.25
@@ -59,16 +61,20 @@ class Input:
 
 def captured_input(value: Tensor) -> Input:
     """Return an input that was captured: it moves by one ulp."""
-    value = value.double()
-    return Input(value, value.abs() * FLOAT32_ULP)
+    value = mapped(Tensor.double, value)
+    return Input(value, mapped(lambda x: x.abs() * FLOAT32_ULP, value))
 
 
 def replayed_input(reference: Reference, tolerance: float) -> Input:
     """Return an input that was itself replayed: it moves by its rounding and by its response."""
-    move = torch.hypot(reference.value.abs() * FLOAT32_ULP, reference.response)
-    if reference.doubt is not None:
-        move = torch.hypot(move, reference.doubt * (FLOAT32_ULP / tolerance))
-    return Input(reference.value, move, move * (tolerance / FLOAT32_ULP))
+
+    def moved(value: Tensor, response: Tensor, doubt: Tensor | None = None) -> Tensor:
+        move = torch.hypot(value.abs() * FLOAT32_ULP, response)
+        return move if doubt is None else torch.hypot(move, doubt * (FLOAT32_ULP / tolerance))
+
+    doubts = () if reference.doubt is None else (reference.doubt,)
+    move = mapped(moved, reference.value, reference.response, *doubts)
+    return Input(reference.value, move, mapped(lambda x: x * (tolerance / FLOAT32_ULP), move))
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,70 @@ def replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     """
     if STAGES[stage].last_token:
         inputs = [i.part(lambda x: x[-1:]) for i in inputs]
+    if stage in _CUT and (shape := _shape_in_strips(stage, context, inputs)):
+        return _in_strips(stage, context, inputs, shape)
     reference = _replay(stage, context, inputs)
     if STAGES[stage].last_token:
         doubt = None if reference.doubt is None else reference.doubt[0]
         whole = reference
         reference = Reference(whole.value[0], lambda: whole.response[0], doubt)
     return replace(reference, value=kept_as(reference.value, context.arithmetic.storage))
+
+
+# Of these stages a query's row depends on no other query: which inputs are cut to the queries.
+_CUT = {
+    "attn_scores": (True, False),
+    "attn_softmax": (True,),
+    "attention": (True, False),
+}
+
+
+def _shape_in_strips(
+    stage: str, context: Context, inputs: Sequence[Input]
+) -> tuple[int, ...] | None:
+    """Return heads, queries and keys where they are too many for one strip."""
+    first = inputs[0].value
+    if stage != "attn_scores":
+        return tuple(first.shape) if isinstance(first, Strips) else None
+    shape = (context.facts.heads, len(first), len(inputs[1].value))
+    return shape if math.prod(shape) > STRIP else None
+
+
+def _in_strips(
+    stage: str, context: Context, inputs: Sequence[Input], shape: tuple[int, ...]
+) -> Reference:
+    cut = list(zip(inputs, _CUT[stage], strict=True))
+
+    def replayed(queries: range) -> Reference:
+        own = [i.part(partial(rows, queries=queries)) if c else i for i, c in cut]
+        some = replace(context, first=context.first + queries.start)
+        found = _replay(stage, some, own)
+        return replace(found, value=kept_as(found.value, context.arithmetic.storage))
+
+    if stage == "attention":  # (queries, channels): no larger than other stages
+        parts = [(part.value, part.doubt) for part in each(shape, replayed)]
+        doubts = [doubt for _, doubt in parts if doubt is not None]
+        return Reference(
+            torch.cat([value for value, _ in parts]),
+            lambda: torch.cat(each(shape, lambda q: replayed(q).response)),
+            torch.cat(doubts) if doubts else None,
+        )
+    latest = lru_cache(maxsize=available_cores())(replayed)  # value, response and doubt in turn
+
+    def doubt(queries: range) -> Tensor:
+        found = latest(queries).doubt
+        assert found is not None  # it is of all strips or of none
+        return found
+
+    def stage_of(make: Callable[[range], Tensor]) -> Strips:
+        return Strips(shape, make, torch.float64)
+
+    doubtful = latest(ranges(shape)[0]).doubt is not None
+    return Reference(
+        stage_of(lambda q: latest(q).value),
+        lambda: stage_of(lambda q: latest(q).response),
+        stage_of(doubt) if doubtful else None,
+    )
 
 
 def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
@@ -236,8 +300,8 @@ def _weight_chunks(context: Context, name: str) -> Iterator[Tensor]:
     if name != HEAD:
         yield from pieces(context.weights, name)
         return
-    for rows in row_chunks(context.facts.vocab):
-        yield context.source.rows(HEAD, rows)
+    for some in row_chunks(context.facts.vocab):
+        yield context.source.rows(HEAD, some)
 
 
 def _doubt(inputs: Rounded, weight: Tensor) -> Tensor | None:
@@ -349,7 +413,8 @@ def _angles(c: Context, tokens: int) -> Tensor:
 
 def _scores(c: Context, inputs: Inputs) -> Tensor:
     q, k = (_by_head(c, x) for x in inputs)
-    return q @ _shared(c, k).transpose(1, 2) / math.sqrt(c.facts.head_dim)  # (n, T, T)
+    scores = _of_groups(c, q) @ k.transpose(1, 2) / math.sqrt(c.facts.head_dim)
+    return scores.reshape(len(q), -1, k.shape[1])  # (n, T, T)
 
 
 def _rounded_scores(c: Context, inputs: Sequence[Input]) -> tuple[Tensor, Tensor]:
@@ -360,6 +425,11 @@ def _rounded_scores(c: Context, inputs: Sequence[Input]) -> tuple[Tensor, Tensor
 
 def _by_head(c: Context, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, c.facts.head_dim).transpose(0, 1)  # (heads, T, D)
+
+
+def _of_groups(c: Context, x: Tensor) -> Tensor:
+    """Lay the heads that read one kv head behind each other: (n, T, X) to (g, n/g*T, X)."""
+    return x.reshape(c.facts.kv_heads, -1, x.shape[-1])
 
 
 def _shared(c: Context, x: Tensor) -> Tensor:
@@ -378,24 +448,26 @@ def _rounded_product(a: Rounded, b: Rounded, scale: float = 1.0) -> tuple[Tensor
     return x @ y.transpose(1, 2) / scale, DOUBT_SIGMAS * squares.sqrt() / scale
 
 
-def visible(c: Context) -> Tensor:
-    """Return which keys each query may see, by transformers' mask: (T, T) bool."""
+def visible(c: Context, queries: slice = slice(None)) -> Tensor:
+    """Return which keys each of the queries may see, by transformers' mask: (T, T) bool."""
     mask: Tensor | None = c.call["attention_mask"]
     if mask is None:
         t = len(c.tokens)
-        return torch.ones(t, t, dtype=torch.bool).tril()
-    return (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
+        return torch.ones(t, t, dtype=torch.bool).tril()[queries]
+    some = mask[0, 0, queries]
+    return some if some.dtype == torch.bool else some == 0
 
 
 def _softmax(c: Context, inputs: Inputs) -> Tensor:
-    scores = inputs[0].masked_fill(~visible(c)[c.first :], -torch.inf)
+    queries = slice(c.first, c.first + inputs[0].shape[1])
+    scores = inputs[0].masked_fill(~visible(c, queries), -torch.inf)
     return torch.softmax(scores, dim=-1)  # (n, T, T)
 
 
 def _attention(c: Context, inputs: Inputs) -> Tensor:
     probabilities, qkv = inputs
-    v = _shared(c, _heads(c, qkv, 2).transpose(0, 1))
-    return (probabilities @ v).transpose(0, 1).flatten(1)  # (T, nD)
+    mixed = _of_groups(c, probabilities) @ _heads(c, qkv, 2).transpose(0, 1)
+    return mixed.reshape(*probabilities.shape[:2], -1).transpose(0, 1).flatten(1)  # (T, nD)
 
 
 def _rounded_attention(c: Context, inputs: Sequence[Input]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_aprt.arithmetic import FLOAT32_ULP
+from pytest_aprt.strips import parts
 
 EDGE_ULPS = 4
 """A value this near the middle between two roundings may go either way: engines form a block's
@@ -140,5 +141,9 @@ def kept_as(value: Tensor, storage: str) -> Tensor:
 
 def fits(value: Tensor, storage: str) -> bool:
     """Return whether every finite value is one that the dtype can hold, so was kept in it."""
-    finite = value[torch.isfinite(value)].float()
-    return torch.equal(finite.to(DTYPES[storage]).float(), finite)
+
+    def fit(some: Tensor) -> bool:
+        finite = some[torch.isfinite(some)].float()
+        return torch.equal(finite.to(DTYPES[storage]).float(), finite)
+
+    return all(fit(some) for some in parts(value))

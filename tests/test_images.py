@@ -8,12 +8,12 @@ import pytest
 import torch
 from report_cases import point_of, report_of
 
-from pytest_aprt.images import DECADES, LARGEST, NON_FINITE, image_of
+from pytest_aprt.images import DECADES, LARGEST, NON_FINITE, image_of, picture_of
 
 
 def image(difference, axes=("token", "channel"), bad=None):
     bad = torch.zeros_like(difference, dtype=torch.bool) if bad is None else bad
-    return image_of(difference, bad, axes)
+    return image_of([picture_of(difference, bad, axes)], axes)
 
 
 def test_a_level_is_a_share_of_the_decades():

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         AprtError: the model, the prompt or the folder cannot be used.
     """
+    from pytest_aprt.dump import as_array
     from pytest_aprt.sources.aprt_writer import DumpWriter, refuse_foreign
 
     folder = arguments.save_tensor_dir or _default_folder(arguments.model)
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     with DumpWriter(folder, tokens, {**model.fields, "prompt": prompt}) as writer:
         for captured in _run(model, tokens, last=max(wanted, key=_place), of=arguments.model):
             for stage in wanted.get(captured.layer, ()):
-                writer.write(captured.layer, stage, captured.stages[stage].numpy())
+                writer.write(captured.layer, stage, as_array(captured.stages[stage]))
                 count += 1
     print(f"{folder}: {count} tensors, {len(tokens)} tokens")
     return 0

@@ -10,10 +10,10 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pytest_aprt.errors import SourceError
 
@@ -97,7 +97,11 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def replace_file(path: Path, *blocks: bytes | memoryview) -> None:
+Block = bytes | memoryview | Callable[[BinaryIO], None]
+"""What is written next to a file: bytes, or what writes some itself."""
+
+
+def replace_file(path: Path, *blocks: Block) -> None:
     """Write beside the target, then rename onto it: readers see the old file or the new one.
 
     Its folder is made where absent; a failure leaves nothing.
@@ -112,7 +116,11 @@ def replace_file(path: Path, *blocks: bytes | memoryview) -> None:
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             with open(handle, "wb", closefd=False) as file:
-                file.writelines(blocks)
+                for block in blocks:
+                    if callable(block):
+                        block(file)
+                    else:
+                        file.write(block)
             os.fsync(handle)
         finally:
             os.close(handle)

@@ -15,16 +15,16 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytest_aprt.errors import SettingsError, SourceError
-from pytest_aprt.sources._files import file_size, json_object, one_line, reason, replace_file
+from pytest_aprt.sources._files import Block, file_size, json_object, one_line, reason, replace_file
 from pytest_aprt.stages import STAGES, Stage, stage_named
 
 WHOLE_MODEL = 0xFFFFFFFF
@@ -35,6 +35,9 @@ INCOMPLETE = "INCOMPLETE"
 """A file that stands in a folder of ours as long as it is being written."""
 
 SCHEMA = "aprt-dump-v1"
+
+MAPPED = 1 << 20
+"""Elements above which a file is mapped and not read."""
 
 _HEADER = struct.Struct("<4sII")  # magic, layer, count
 _TENSORS = ("*.bin", "layer-*/*.bin", "step-*/*.bin", "step-*/layer-*/*.bin")
@@ -68,7 +71,9 @@ def read_header(path: Path) -> tuple[int, int]:
 
 
 def read_tensor(path: str | os.PathLike[str], expect_layer: int | None) -> NDArray[np.float32]:
-    """Return the elements of an APRT file: (count,) float32, fresh and bit for bit as stored.
+    """Return the elements of an APRT file: (count,) float32, bit for bit as stored.
+
+    They are fresh, or those of a large file mapped: what is written to them changes no file.
 
     Args:
         path: the file.
@@ -93,6 +98,35 @@ def write_tensor(path: str | os.PathLike[str], layer: int, array: NDArray[np.flo
     """
     body = np.ascontiguousarray(array, dtype="<f4")
     _write(Path(path), _HEADER.pack(b"APRT", layer, body.size), body.data.cast("B"))
+
+
+class InParts(Protocol):
+    """A stage (heads, queries, keys) that is made some queries at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Heads, queries, keys."""
+
+    def arrays(self) -> Iterator[tuple[range, NDArray[np.float32]]]:
+        """Yield queries and their part, (heads, their number, keys) float32."""
+
+
+def write_parts(
+    path: str | os.PathLike[str],
+    layer: int,
+    shape: Sequence[int],
+    parts: Iterable[tuple[range, NDArray[np.float32]]],
+) -> None:
+    """Write an APRT file as ``write_tensor`` does, from what ``InParts.arrays`` yields."""
+    heads, queries, keys = shape
+
+    def body(file: BinaryIO) -> None:
+        for some, part in parts:
+            for head in range(heads):
+                file.seek(_HEADER.size + 4 * (head * queries + some.start) * keys)
+                file.write(np.ascontiguousarray(part[head], dtype="<f4").data.cast("B"))
+
+    _write(Path(path), _HEADER.pack(b"APRT", layer, heads * queries * keys), body)
 
 
 class DumpFolder:
@@ -186,12 +220,12 @@ def write_manifest(
     for name in _tensor_paths(folder):
         data = _checked(folder / name, None)
         shape = list(known.get(name, [(len(data) - _HEADER.size) // 4]))
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "shape": shape}
+        files[name] = {"sha256": hashlib.sha256(data.data).hexdigest(), "shape": shape}
     manifest = {"schema": SCHEMA, **fields, "tokens": list(tokens), "files": files}
     _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _checked(path: Path, expect_layer: int | None) -> bytes:
+def _checked(path: Path, expect_layer: int | None) -> NDArray[np.uint8]:
     """Return the file's bytes; its size is checked before the body is read."""
     layer, count = read_header(path)
     if expect_layer is not None and layer != expect_layer:
@@ -200,7 +234,11 @@ def _checked(path: Path, expect_layer: int | None) -> bytes:
             f"{_layer_text(layer)}: the file was moved or written by mistake, dump it anew"
         )
     try:
-        data = path.read_bytes()
+        data: NDArray[np.uint8]
+        if count > MAPPED:
+            data = np.memmap(path, np.uint8, "c")  # a copy on write: torch takes no read-only array
+        else:
+            data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise SourceError(f"{one_line(path)}: cannot be read: {reason(error)}") from None
     if len(data) != _HEADER.size + 4 * count:
@@ -208,9 +246,9 @@ def _checked(path: Path, expect_layer: int | None) -> bytes:
     return data
 
 
-def _check_unchanged(path: Path, data: bytes, entry: Mapping[str, Any]) -> None:
+def _check_unchanged(path: Path, data: NDArray[np.uint8], entry: Mapping[str, Any]) -> None:
     count = (len(data) - _HEADER.size) // 4
-    if hashlib.sha256(data).hexdigest() != entry["sha256"] or prod(entry["shape"]) != count:
+    if hashlib.sha256(data.data).hexdigest() != entry["sha256"] or prod(entry["shape"]) != count:
         raise SourceError(
             f"{one_line(path)}: expected sha256 {one_line(entry['sha256']):.64} and shape "
             f"{entry['shape']!s:.80}, as {MANIFEST} says, found another file of {count} elements: "
@@ -218,15 +256,16 @@ def _check_unchanged(path: Path, data: bytes, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _elements(data: bytes) -> NDArray[np.float32]:
-    return np.frombuffer(data, "<f4", offset=_HEADER.size).astype(np.float32)
+def _elements(data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    found = data[_HEADER.size :].view("<f4")
+    return found if isinstance(found, np.memmap) else found.astype(np.float32)
 
 
 def _layer_text(layer: int) -> str:
     return "the whole model (0xFFFFFFFF)" if layer == WHOLE_MODEL else f"layer {layer}"
 
 
-def _write(path: Path, *blocks: bytes | memoryview) -> None:
+def _write(path: Path, *blocks: Block) -> None:
     try:
         replace_file(path, *blocks)
     except OSError as error:

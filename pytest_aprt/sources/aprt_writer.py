@@ -24,7 +24,9 @@ from pytest_aprt.sources.aprt import (
     INCOMPLETE,
     MANIFEST,
     WHOLE_MODEL,
+    InParts,
     write_manifest,
+    write_parts,
     write_tensor,
 )
 from pytest_aprt.stages import STAGES
@@ -61,7 +63,7 @@ class DumpWriter:
             raise self._not_written(error) from None
         return self
 
-    def write(self, layer: int | None, stage: str, array: NDArray[np.float32]) -> None:
+    def write(self, layer: int | None, stage: str, array: NDArray[np.float32] | InParts) -> None:
         """Write a stage of a layer (None: of the whole model), float32, shaped as STAGES says.
 
         Scores of keys behind the query count for nothing; they are written as 0, as others do.
@@ -70,9 +72,16 @@ class DumpWriter:
             SourceError: it cannot be written, for instance on a full disk.
         """
         place = f"{stage}.bin" if layer is None else f"layer-{layer}/{stage}.bin"
-        if STAGES[stage].kind == "scores":
-            array = np.tril(array, array.shape[-1] - array.shape[-2])  # the last queries, all keys
-        write_tensor(self._draft / place, WHOLE_MODEL if layer is None else layer, array)
+        header = WHOLE_MODEL if layer is None else layer
+        if isinstance(array, np.ndarray):
+            if STAGES[stage].kind == "scores":
+                array = _counted(array, range(array.shape[-2]), array.shape)
+            write_tensor(self._draft / place, header, array)
+        else:
+            parts, shape = array.arrays(), array.shape
+            if STAGES[stage].kind == "scores":
+                parts = ((queries, _counted(part, queries, shape)) for queries, part in parts)
+            write_parts(self._draft / place, header, shape, parts)
         self._shapes[place] = tuple(array.shape)
 
     def __exit__(
@@ -112,6 +121,13 @@ class DumpWriter:
 
     def _not_written(self, error: BaseException) -> SourceError:
         return SourceError(f"{one_line(self._target)}: cannot be written: {reason(error)}")
+
+
+def _counted(
+    array: NDArray[np.float32], queries: range, shape: Sequence[int]
+) -> NDArray[np.float32]:
+    """Return some queries' scores without those of keys behind the query."""
+    return np.tril(array, shape[-1] - shape[-2] + queries.start)  # the last queries, all keys
 
 
 def refuse_foreign(folder: Path) -> None:
