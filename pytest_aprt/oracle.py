@@ -8,7 +8,6 @@ layers that only note what they are handed, so that no family's glue is written 
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ from pytest_aprt.architectures import EMBEDDING, FINAL_NORM
 from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.matrices import Matrix
-from pytest_aprt.strips import STRIP, Strips, each, rows, stripped
+from pytest_aprt.strips import Strips, each, rows, stripped, too_large
 from pytest_aprt.weights import Layer, WeightSource, logits
 
 if TYPE_CHECKING:
@@ -227,7 +226,7 @@ def _attention(
     def score(queries: range) -> torch.Tensor:
         return (rows(query, queries) @ shared.transpose(2, 3) * scaling)[0]
 
-    if math.prod(shape) <= STRIP:
+    if not too_large(shape):
         output, probabilities = family.eager_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -25,7 +25,7 @@ from pytest_aprt.facts import Facts
 from pytest_aprt.matrices import available_cores
 from pytest_aprt.rounding import ROUNDINGS, Rounded, kept_as
 from pytest_aprt.stages import STAGES
-from pytest_aprt.strips import STRIP, Strips, each, mapped, ranges, rows
+from pytest_aprt.strips import Strips, each, mapped, ranges, rows, too_large
 from pytest_aprt.weights import WeightSource, logits, pieces, row_chunks, times
 
 ANGLE_ULPS = 0.25
@@ -183,7 +183,7 @@ def _shape_in_strips(
     if stage != "attn_scores":
         return tuple(first.shape) if isinstance(first, Strips) else None
     shape = (context.facts.heads, len(first), len(inputs[1].value))
-    return shape if math.prod(shape) > STRIP else None
+    return shape if too_large(shape) else None
 
 
 def _in_strips(

@@ -7,7 +7,6 @@ why; a check that had nothing to look at fails too.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from pytest_aprt.compare import View, judge, measure
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS
-from pytest_aprt.strips import STRIP, Strips
+from pytest_aprt.strips import Strips, longest_whole
 
 if TYPE_CHECKING:
     from pytest_aprt.oracle import TransformersRunner
@@ -89,8 +88,7 @@ class Checks:
     def oracle_layer(self, oracle: TransformersRunner, tokens: Sequence[int]) -> None:
         """Run the oracle's first layer again, observed and unobserved, on as much of the prompt
         as needs no strips."""  # noqa: D205, D209
-        longest = math.isqrt(STRIP // oracle.config.num_attention_heads)
-        prelude = oracle.prelude(tokens[:longest])
+        prelude = oracle.prelude(tokens[: longest_whole(oracle.config.num_attention_heads)])
         first: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}
         oracle.run_layer(0, prelude.hidden, prelude, first)

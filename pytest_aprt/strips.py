@@ -51,7 +51,7 @@ class Strips(Tensor):
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise RuntimeError(f"{func}: the stage of a long prompt is read by strips alone")
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"Strips(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def rows(self, queries: range) -> Tensor:
@@ -86,7 +86,17 @@ def stripped(
     shape: Sequence[int], make: Callable[[range], Tensor], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the stage that ``make`` makes: a tensor, or Strips where it is larger than one."""
-    return Strips(shape, make, dtype) if math.prod(shape) > STRIP else make(range(shape[1]))
+    return Strips(shape, make, dtype) if too_large(shape) else make(range(shape[1]))
+
+
+def too_large(shape: Sequence[int]) -> bool:
+    """Return whether a stage of this shape is read by strips."""
+    return math.prod(shape) > STRIP
+
+
+def longest_whole(heads: int) -> int:
+    """Return how many tokens a prompt has at most whose scores are an ordinary tensor."""
+    return math.isqrt(STRIP // heads)
 
 
 def ranges(shape: Sequence[int]) -> list[range]:
