@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -89,10 +89,17 @@ class Reference:
     respond: Callable[[], Tensor]
     doubt: Tensor | None = None
 
-    @cached_property
+    @property
     def response(self) -> Tensor:
-        """The response, float64: several times as dear as the value, and seldom needed."""
-        return self.respond()
+        """The response, float64: several times as dear as the value, and seldom needed.
+
+        Kept once it is computed, without the lock of a cached_property: strips of one response
+        are responses themselves, computed by several threads.
+        """
+        if "_response" not in self.__dict__:
+            self.__dict__["_response"] = self.respond()
+        found: Tensor = self.__dict__["_response"]
+        return found
 
 
 @dataclass(frozen=True)
