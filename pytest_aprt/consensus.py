@@ -7,7 +7,7 @@ So the readings of all layers vote, stage by stage, before anything is judged.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -87,13 +87,35 @@ class Tally:
             for reading in explaining:
                 count[reading.arithmetic.name] += 1
                 error[reading.arithmetic.name] += reading.local.rel_l2
-        fit = [name for name in count if self._support[name] >= _LEAST_SUPPORT]
-        if EXACT.name in count:
-            fit.append(EXACT.name)
+        fit = [name for name in count if self._fits(name)]
         if not fit:
             return EXACT
         best = min(fit, key=lambda name: (-count[name], name != EXACT.name, error[name]))
         return self._known[best]
+
+    def _fits(self, name: str) -> bool:
+        return name == EXACT.name or self._support[name] >= _LEAST_SUPPORT
+
+    def will_be_among(self, group: Group, names: Collection[str], votes: int) -> bool | None:
+        """Return whether the choice will be one of ``names``, whatever the votes to come.
+
+        Args:
+            group: of points.
+            names: of arithmetics.
+            votes: how many points of the group are to come, at most.
+
+        Returns:
+            None where that is open.
+        """
+        count = Counter(r.arithmetic.name for point in self._groups.get(group, ()) for r in point)
+        fit = {name: c for name, c in count.items() if self._fits(name)}
+        among = max((c for name, c in fit.items() if name in names), default=0)
+        beside = max((c for name, c in count.items() if name not in names), default=0)
+        if among > beside + votes:
+            return True
+        beside = max((c for name, c in fit.items() if name not in names), default=0)
+        among = max((c for name, c in count.items() if name in names), default=0)
+        return False if beside > among + votes else None
 
     def arithmetics(self) -> dict[Group, Arithmetic]:
         """Return the arithmetic of every group of which a point was explained."""

@@ -37,6 +37,7 @@ from pytest_aprt.rounding import fits
 from pytest_aprt.rungs.weights import TensorRow, Watched, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
+from pytest_aprt.stopping import Decider
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, how many layers are done, and how many there are."""
@@ -88,13 +89,24 @@ class PointErrors:
 
 @dataclass(kw_only=True)
 class Measurement:
-    """All that the runs gave; ``arithmetics`` is how the engine computes every group of points."""
+    """All that the runs gave; ``arithmetics`` is how the engine computes every group of points.
+
+    ``stopped`` is the first divergence where the runs ended once it was certain.
+    """
 
     errors: list[PointErrors] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
     self_tests: list[SelfTest] = field(default_factory=list)
     arithmetics: Mapping[Group, Arithmetic] = field(default_factory=dict)
     finals: list[Finals] = field(default_factory=list)
+    stopped: Point | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Asks for the runs to end early; ``fed`` are the stages that a broken fact feeds."""
+
+    fed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +155,7 @@ def measure_pair(
     profile: Profile,
     progress: Progress = lambda what, done, total: None,
     keep: Keep = lambda side, prompt, layers: layers,
+    stop: Stop | None = None,
 ) -> Measurement:
     """Run everything once and return the numbers.
 
@@ -154,6 +167,7 @@ def measure_pair(
         profile: how the engine may round.
         progress: told after every layer.
         keep: wraps the layers of the sides ``model`` and ``oracle`` on every prompt.
+        stop: ends the runs once the first divergence is certain; without it they go on.
     """
     result = Measurement()
     runs = _Runs(pair, engine, profile)
@@ -162,6 +176,9 @@ def measure_pair(
         [list(enumerate(prompts))] if shares_layers else [[p] for p in enumerate(prompts)]
     )
     checks = selftest.Checks(pair.oracle_facts.vocab)
+    cut, decider = False, None
+    if stop is not None:
+        decider = Decider(pair.graph, len(prompts), stop.fed, runs.tally)
     wanted = frozenset(points)
     total = (pair.graph.n_layers + 1) * len(lanes_at_once)
     done = 0
@@ -186,9 +203,17 @@ def measure_pair(
                         checks.oracle_layer(runs.oracle, lanes[0].prompt.tokens)
                 done += 1
                 progress("final norm and head" if layer is None else f"layer {layer}", done, total)
+                if decider is not None and decider.reached(result.errors, layer):
+                    cut = True
+                    break
             result.finals += [finals for lane in lanes for finals in lane.finals]
     except CaptureError as error:
         checks.fail(error.test, str(error))
+    if decider is not None and cut:
+        result.stopped = decider.first(result.errors)
+        if result.stopped is None:  # a later prompt made it depend on layers that were left out
+            return measure_pair(pair, engine, prompts, points, profile, progress, keep)
+        result.errors, result.finals = decider.certain(result.errors), []
     result.arithmetics = runs.tally.arithmetics()
     result.errors = settled(result.errors, result.arithmetics)
     result.self_tests = checks.results()

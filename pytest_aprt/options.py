@@ -79,6 +79,8 @@ OPTIONS = (
            help="Threads that read and multiply large matrices; default 0, one per core"),
     Option(name="strict", kind="flag",
            help="Fail every point whose total is below its threshold, noise or not"),
+    Option(name="stop-at-first", kind="flag",
+           help="End the run once the first divergence is certain; what lies behind it is skipped"),
     Option(name="contracts", kind="list", metavar="DIR",
            help="Folder whose contracts become tests, repeatable; default contracts/ if present"),
     Option(name="run-shell", kind="flag",

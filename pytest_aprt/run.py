@@ -21,12 +21,12 @@ from pytest_aprt.dump_checks import swapped_sides
 from pytest_aprt.engines.choose import engine_of
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.matrices import compute_threads
-from pytest_aprt.measure import Keep, Progress, Prompt, measure_pair
+from pytest_aprt.measure import Keep, Progress, Prompt, Stop, measure_pair
 from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.positions import note_on
 from pytest_aprt.prompts import PROMPT_SETS, Cut
-from pytest_aprt.rungs import following
+from pytest_aprt.rungs import LOGITS, PATH, Row, decode_names, following, unavailable
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
@@ -35,7 +35,8 @@ from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
 from pytest_aprt.sources.gguf import GgufFile
-from pytest_aprt.verdict import Threshold, conclude
+from pytest_aprt.stages import Point
+from pytest_aprt.verdict import Threshold, conclude, not_run
 
 if TYPE_CHECKING:
     from pytest_aprt.sides import Sides
@@ -72,19 +73,24 @@ def run(
     if settings.dump is not None:
         keep = kept_in(settings.dump, prompts, _recorded(pair, chosen.name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
-    with compute_threads(settings.threads):
-        measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep)
-    if settings.model_kind == "dump" and (swapped := swapped_sides(measurement.errors)):
-        measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     longest = max(len(prompt.tokens) for prompt in prompts)
     facts = fact_rows(pair, longest)
+    fed = frozenset(stage for row in facts if row.broken for stage in row.feeds)
+    stop = Stop(fed=fed) if settings.stop_at_first else None
+    with compute_threads(settings.threads):
+        measurement = measure_pair(pair, engine, prompts, points, profile, progress, keep, stop)
+    if settings.model_kind == "dump" and (swapped := swapped_sides(measurement.errors)):
+        measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     thresholds = thresholds_of(settings)
     finals = measurement.finals
     rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
-    with compute_threads(settings.threads):
-        rungs["logits"] = logit_rows(pair, finals)
-        rungs["decode"] = decode_rows(pair, engine, finals, settings.decode_steps)
-        rungs["path"] = path_rows(pair, engine, finals, thresholds["lm_head"].cosine)
+    if measurement.stopped is not None:
+        rungs |= rungs_not_run(measurement.stopped, settings)
+    else:
+        with compute_threads(settings.threads):
+            rungs["logits"] = logit_rows(pair, finals)
+            rungs["decode"] = decode_rows(pair, engine, finals, settings.decode_steps)
+            rungs["path"] = path_rows(pair, engine, finals, thresholds["lm_head"].cosine)
     verdict = conclude(
         pair.graph, points, measurement, facts, thresholds, rungs, strict=settings.strict
     )
@@ -122,6 +128,12 @@ def run(
         ],
         graph=pair.graph,
     )
+
+
+def rungs_not_run(stopped: Point, settings: Settings) -> dict[str, list[Row]]:
+    """Return the rungs behind the stages, of a run that ended at its first divergence."""
+    names = {"logits": LOGITS, "decode": decode_names(settings.decode_steps), "path": PATH}
+    return {rung: unavailable(rows, not_run(stopped)) for rung, rows in names.items()}
 
 
 def facts_of_run(settings: Settings) -> Callable[[Sequence[Prompt]], report.RunJson]:

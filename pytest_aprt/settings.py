@@ -59,6 +59,7 @@ class Settings:
     decode_steps: int
     threads: int  # 0: one per core
     strict: bool
+    stop_at_first: bool
     dump: Path | None
     report: Path | None
     baseline: Path | None
@@ -133,6 +134,10 @@ def read_settings(get: Get, *, command: str) -> Settings:
     cosine = DEFAULT_COSINE if default is None else cosine_named("--aprt-min-cosine", default)
     source = "default" if default is None else "--aprt-min-cosine"
     dump, report, baseline = get("aprt_dump"), get("aprt_report"), get("aprt_baseline")
+    if dump and get("aprt_stop_at_first"):
+        raise SettingsError(
+            "--aprt-dump needs the whole run, which --aprt-stop-at-first may end: leave out one"
+        )
     return Settings(
         model=model,
         model_kind=kind,
@@ -155,6 +160,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         decode_steps=_count("decode-steps", get("aprt_decode_steps"), DEFAULT_STEPS),
         threads=_count("threads", get("aprt_threads"), 0),
         strict=bool(get("aprt_strict")),
+        stop_at_first=bool(get("aprt_stop_at_first")),
         dump=Path(dump) if dump else None,
         report=Path(report) if report else None,
         baseline=Path(baseline) if baseline else None,

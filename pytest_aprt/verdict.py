@@ -117,11 +117,14 @@ def conclude(
         facts=fed,
         tensors={_entry(row, graph): row.name for row in reversed(broken_tensors)},
     )
+    unrun = "the run ended before this point"
+    if measurement.stopped is not None:
+        unrun = not_run(measurement.stopped)
     by_point: dict[Point, list[PointErrors]] = {point: [] for point in selected}
     for errors in measurement.errors:
         by_point[errors.point].append(errors)
     points = [
-        _judge_point(point, by_point[point], causes, graph, thresholds[point.stage], strict)
+        _judge_point(point, by_point[point], causes, graph, thresholds[point.stage], strict, unrun)
         for point in selected
     ]
     origins = [judged for judged in points if judged.status == "diverged"]
@@ -153,6 +156,11 @@ def conclude(
     )
 
 
+def not_run(stopped: Point) -> str:
+    """Return why nothing behind the first divergence was judged in a run that ended at it."""
+    return f"not run: stopped at {stopped}, the first divergence (--aprt-stop-at-first)"
+
+
 def _judge_point(
     point: Point,
     prompts: Sequence[PointErrors],
@@ -160,10 +168,11 @@ def _judge_point(
     graph: StageGraph,
     threshold: Threshold,
     strict: bool,
+    unrun: str,
 ) -> Judged:
     if not prompts:
         return Judged(point=point, status="inconclusive", outcome="skipped", follows=None,
-                      reason="the run ended before this point", threshold=threshold,
+                      reason=unrun, threshold=threshold,
                       errors=None)  # fmt: skip
     judged = [_status(errors, causes, graph, threshold) for errors in prompts]
     worst = max(

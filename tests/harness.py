@@ -8,7 +8,7 @@ from pathlib import Path
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import Prompt, Stop, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.stages import STAGES
@@ -50,10 +50,11 @@ def verdict_of(
     *prompts: tuple[int, ...],
     strict: bool = False,
     profile: str = "auto",
+    stop: Stop | None = None,
 ) -> Verdict:
     asked = [Prompt(text="", tokens=tokens) for tokens in prompts or (TOKENS,)]
     points = pair.graph.points
-    result = measure_pair(pair, engine, asked, points, profile_named(profile))
+    result = measure_pair(pair, engine, asked, points, profile_named(profile), stop=stop)
     facts = fact_rows(pair, max(len(prompt.tokens) for prompt in asked))
     return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
 

@@ -70,8 +70,9 @@ def test_flag_and_key_are_twins():
         "--aprt-engine-option", "--aprt-engine-command", "--aprt-engine-timeout",
         "--aprt-prompt", "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
-        "--aprt-threads", "--aprt-strict", "--aprt-contracts", "--aprt-run-shell",
-        "--aprt-shell-timeout", "--aprt-ledger", "--aprt-dump", "--aprt-report", "--aprt-baseline",
+        "--aprt-threads", "--aprt-strict", "--aprt-stop-at-first", "--aprt-contracts",
+        "--aprt-run-shell", "--aprt-shell-timeout", "--aprt-ledger", "--aprt-dump",
+        "--aprt-report", "--aprt-baseline",
     ]  # fmt: skip
     for option in OPTIONS:
         assert option.key == option.flag.removeprefix("--").replace("-", "_")

@@ -46,11 +46,12 @@ class Shape:
 
 
 SHAPES = {
-    # Qwen2.5-0.5B, -7B; half its depth; and one that a test can afford
+    # Qwen2.5-0.5B, -7B; half its depth; and two that a test can afford
     "0.5b": Shape(896, 24, 14, 2, 4864, 151936, True),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, False),
     "7b-half": Shape(3584, 14, 28, 4, 18944, 152064, False),
     "mid": Shape(2048, 4, 16, 2, 5632, 32000, False),
+    "tiny": Shape(256, 2, 4, 2, 512, 8192, False),
 }
 
 
@@ -148,7 +149,7 @@ def make(shape: Shape, folder: Path) -> None:
         last[f"{long}.weight"] = unit.repeat(8, 1)
         add(writer, f"{short}.weight", np.tile(quantise(unit.float().numpy(), kind), (8, 1)), kind)
     index |= save(hf, shards, shards, last)
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
