@@ -149,7 +149,8 @@ def make(shape: Shape, folder: Path) -> None:
         last[f"{long}.weight"] = unit.repeat(8, 1)
         add(writer, f"{short}.weight", np.tile(quantise(unit.float().numpy(), kind), (8, 1)), kind)
     index |= save(hf, shards, shards, last)
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    listed = {"metadata": {}, "weight_map": index}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(listed))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
