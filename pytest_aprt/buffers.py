@@ -7,6 +7,8 @@ third less time once their temporaries were kept.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import threading
 from collections.abc import Sequence
@@ -15,6 +17,16 @@ import torch
 from torch import Tensor
 
 _own = threading.local()
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system, where the C library can.
+
+    What is kept of every step lies between the large blocks that are free again, so that the next
+    ones do not fit there.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's
 
 
 def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
