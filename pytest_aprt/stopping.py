@@ -51,9 +51,13 @@ class Decider:
         return first is not None and first.layer is not None and first.layer <= (layer or 0)
 
     def certain(self, errors: Sequence[PointErrors]) -> list[PointErrors]:
-        """Return those of the errors that are an origin, or none, for certain."""
-        votes = self._votes_left(errors)
-        return [e for e in errors if self._is_origin(e, votes) is not None]
+        """Return the errors of the points that are an origin, or none, for certain.
+
+        Those are points that every prompt reached.
+        """
+        votes, runs = self._votes_left(errors), Counter(e.point for e in errors)
+        unsure = {e.point for e in errors if self._is_origin(e, votes) is None}
+        return [e for e in errors if runs[e.point] == self._prompts and e.point not in unsure]
 
     def _votes_left(self, errors: Sequence[PointErrors]) -> Counter[str]:
         """Return how many points of each stage are still to be measured."""
