@@ -29,15 +29,38 @@ from pytest_aprt.replay import (
 from pytest_aprt.stages import STAGES, Point, Stage
 
 if TYPE_CHECKING:
+    from pytest_aprt.architectures import Architecture
     from pytest_aprt.capture import LayerStages
+    from pytest_aprt.facts import Facts
     from pytest_aprt.oracle import Prelude
-    from pytest_aprt.pair import Pair
+    from pytest_aprt.stages import StageGraph
+    from pytest_aprt.weights import ModelWeights
 
 
 class Observable(Protocol):
     """A runner that can be looked at while it runs a layer."""
 
     stages: dict[str, Tensor]
+
+
+class Replayable(Protocol):
+    """What is known of a side that is replayed."""
+
+    @property
+    def graph(self) -> StageGraph:
+        """The points of the model."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family."""
+
+    @property
+    def oracle_facts(self) -> Facts:
+        """The configuration that the side should have."""
+
+    @property
+    def model_weights(self) -> ModelWeights:
+        """The weights that it runs."""
 
 
 class BridgedReplay:
@@ -53,7 +76,7 @@ class BridgedReplay:
 
     def __init__(
         self,
-        pair: Pair,
+        pair: Replayable,
         tokens: tuple[int, ...],
         prelude: Prelude,
         profile: Profile,

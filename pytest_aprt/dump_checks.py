@@ -58,7 +58,7 @@ class CheckedDump(CheckedEngine):
         self._architecture = pair.architecture
         own: WeightSource | None = None
         other: WeightSource | None = None
-        if pair.gguf is not None:
+        if pair.model is not None:
             own, other = (pair.model_weights, None) if of_model else (None, pair.model_weights)
         elif pair.oracle is not None:
             other = pair.oracle_weights

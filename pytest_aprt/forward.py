@@ -3,7 +3,8 @@
 One function per stage, in computation order, to be read against the papers: RMSNorm (arXiv
 1910.07467), RoPE (2104.09864), YaRN (2309.00071), grouped-query attention (2305.13245), SwiGLU
 (2002.05202). Symbols: T tokens, H hidden, I intermediate, n heads, g kv heads, D head_dim.
-Everything is float32. Nothing here is shared with the oracle or with the replay.
+Everything is float32. Nothing here is shared with the oracle or with the replay, unless the oracle
+is an engine (``preludes``).
 """
 
 from __future__ import annotations

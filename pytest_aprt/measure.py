@@ -316,7 +316,7 @@ def _point_errors(
             point=point, prompt=lane.index, shape=shape, missing=True, weights=weights
         )
     value, replays = model[name], lane.model_replay
-    readings = _readings(point, value, replays, view)
+    readings = readings_of(point, value, replays, view)
     exact = readings[0]
     born = exact.local.non_finite_a
     if born and not replays.parents_finite(point, view_of):
@@ -342,7 +342,7 @@ def _point_errors(
     )
 
 
-def _readings(
+def readings_of(
     point: Point, value: Tensor, replays: BridgedReplay, view: View
 ) -> tuple[Reading, ...]:
     """Return the exact reading and, where that leaves an error, all that explain it."""
@@ -357,9 +357,11 @@ def _readings(
         replays.tally.add(group, (first,) if votes and first.worst is not None else ())
         return (first,)
     leaders = [a for a in replays.tally.leaders(group) if a in others]
-    led = [_reading(point, value, replays, view, arithmetic) for arithmetic in leaders]
-    if leaders and all(reading is not None and reading.explains for reading in led):
-        return first, *(reading for reading in led if reading is not None)
+    read = (_reading(point, value, replays, view, arithmetic) for arithmetic in leaders)
+    led = [reading for reading in read if reading is not None and reading.explains]
+    if leaders and len(led) == len(leaders):
+        replays.tally.add(group, led if votes else ())
+        return first, *led
     dtype = next((d for d in ("bfloat16", "float16") if fits(value, d)), "float32")
     found = [
         reading

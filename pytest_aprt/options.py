@@ -11,7 +11,8 @@ DEFAULT_PROMPT = "What is 2+2?"
 DEFAULT_STEPS = 3
 DEFAULT_COSINE = 0.999  # the field's habit for Q4_K
 DEFAULT_ENGINE_TIMEOUT_S = 600
-ENGINES = ("auto", "builtin", "llama.cpp", "command")
+ENGINES = ("auto", "builtin", "llama.cpp", "transformers", "command")
+DEFAULT_DEVICE = "cpu"
 ARITHMETIC_NAMES = (
     "auto", "float32", "float16", "bfloat16", "tf32", "q8", "q8_k", "q8_0", "q8_1",
 )  # fmt: skip
@@ -41,12 +42,13 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option(name="model", kind="value", metavar="SOURCE", is_path=True,
-           help="Model under test: a GGUF file, a folder of APRT dumps, python:module:factory, or "
-           "what a command reads"),
+           help="Model under test: a GGUF file, a Hugging Face folder or hub id, a folder of APRT "
+           "dumps, python:module:factory, or what a command reads"),
     Option(name="oracle", kind="value", metavar="SOURCE", is_path=True,
-           help="Hugging Face model that the model was made from: a folder or a hub id"),
-    Option(name="weights", kind="value", metavar="GGUF", is_path=True,
-           help="GGUF whose weights a dump or an engine of one's own ran on"),
+           help="Hugging Face model that the model was made from, a folder or a hub id; or what "
+           "another engine runs, named as a model is"),
+    Option(name="weights", kind="value", metavar="SOURCE", is_path=True,
+           help="GGUF or Hugging Face model whose weights a dump or an engine of one's own ran on"),
     Option(name="engine", kind="value", metavar="NAME",
            help=f"What runs the model: {', '.join(ENGINES)}"),
     Option(name="engine-option", kind="list", metavar="KEY=VALUE",
@@ -54,6 +56,14 @@ OPTIONS = (
     Option(name="engine-command", kind="value", metavar="COMMAND",
            help="Program that writes APRT dumps to {out}, with its arguments; also {model}, "
            "{tokens}, {prompt}, {stages}, {layers}, {weights}, {oracle}"),
+    Option(name="oracle-engine", kind="value", metavar="NAME",
+           help="What runs the oracle, where it is no Hugging Face model; as --aprt-engine"),
+    Option(name="oracle-engine-option", kind="list", metavar="KEY=VALUE",
+           help="Parameter of the oracle's engine; repeatable"),
+    Option(name="oracle-engine-command", kind="value", metavar="COMMAND",
+           help="Program that runs the oracle; as --aprt-engine-command"),
+    Option(name="device", kind="value", metavar="DEVICE",
+           help=f"Where transformers runs the model, such as cuda; default {DEFAULT_DEVICE}"),
     Option(name="engine-timeout", kind="value", metavar="SECONDS",
            help=f"Limit for the command, each prompt; default {DEFAULT_ENGINE_TIMEOUT_S}"),
     Option(name="prompt", kind="list", metavar="TEXT",

@@ -23,6 +23,7 @@ from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.matrices import Matrix
 from pytest_aprt.strips import Strips, each, rows, stripped, too_large
+from pytest_aprt.taps import attribute, put_rotated, tapped
 from pytest_aprt.weights import Layer, WeightSource, logits
 
 if TYPE_CHECKING:
@@ -30,21 +31,6 @@ if TYPE_CHECKING:
 
 ATTENTION = "aprt_capture"
 """Name under which the capturing attention is registered with transformers."""
-
-TAPS = {
-    # stage: (module within the decoder layer, what of it)
-    "attn_norm": ("input_layernorm", "output"),
-    "attention": ("self_attn.o_proj", "input"),
-    "attn_out": ("self_attn.o_proj", "output"),
-    "post_attn_residual": ("post_attention_layernorm", "input"),
-    "ffn_norm": ("post_attention_layernorm", "output"),
-    "ffn_gate": ("mlp.gate_proj", "output"),
-    "ffn_up": ("mlp.up_proj", "output"),
-    "ffn_silu": ("mlp.act_fn", "output"),
-    "ffn_swigl": ("mlp.down_proj", "input"),
-    "ffn_out": ("mlp.down_proj", "output"),
-}
-"""Where a forward hook finds a stage. Q, K, V, scores and softmax need more than one value."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +123,8 @@ class TransformersRunner:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             # Only the rows in use are read; ids are renumbered to them.
-            stack.enter_context(_attribute(embedding, "weight", nn.Parameter(rows)))
-            stack.enter_context(_attribute(embedding, "padding_idx", None))
+            stack.enter_context(attribute(embedding, "weight", nn.Parameter(rows)))
+            stack.enter_context(attribute(embedding, "padding_idx", None))
             for layer in self._base.layers:
                 stack.enter_context(_forward_replaced(layer, note))
             stack.enter_context(_forward_replaced(self._base.norm, lambda hidden: hidden))
@@ -164,9 +150,9 @@ class TransformersRunner:
             held = {name: weights[name] for name in weights if name not in matrices}
             stack.enter_context(_assigned(layer, held, matrices))
             if stages is None:
-                stack.enter_context(_attribute(self.config, "_attn_implementation", "eager"))
+                stack.enter_context(attribute(self.config, "_attn_implementation", "eager"))
             else:
-                stack.enter_context(_tapped(layer, stages))
+                stack.enter_context(tapped(layer, stages, _product))
             returned = layer(hidden, **prelude.calls[index])
         output: torch.Tensor = returned[0] if isinstance(returned, tuple) else returned
         if stages is not None:
@@ -247,8 +233,7 @@ def _attention(
         output = torch.cat(each(shape, lambda q: attend(q, values)[0]), dim=1)
     stages = getattr(module, "aprt_stages", None)
     if stages is not None:
-        stages["q_post_rope"] = query[0].transpose(0, 1).flatten(1)  # (T, nq*D)
-        stages["k_post_rope"] = key[0].transpose(0, 1).flatten(1)  # (T, nkv*D)
+        put_rotated(stages, query, key)
         stages["attn_scores"] = stripped(shape, score, query.dtype)  # (nq, T, T)
         stages["attn_softmax"] = softmax  # (nq, T, T)
     return output, None
@@ -266,42 +251,11 @@ class _Ungrouped:
         return getattr(self._module, name)
 
 
-@contextmanager
-def _tapped(layer: nn.Module, stages: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Fill ``stages`` from hooks on the layer's modules while the layer runs."""
-    attention = layer.get_submodule("self_attn")
-    projections = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-    raw: list[torch.Tensor] = []
-    biased: list[torch.Tensor] = []
-
-    def keep(name: str, part: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            stages[name] = (inputs[0] if part == "input" else output)[0]
-
-        return hook
-
-    def project(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        product = getattr(module, "aprt_product", None)  # of a matrix that is not held
-        if product is None:
-            product = nn.functional.linear(inputs[0], module.weight)  # type: ignore[arg-type]
-        raw.append(product[0])
-        biased.append(output[0])
-
-    handles = [p.register_forward_hook(project) for p in projections]
-    handles += [
-        layer.get_submodule(path).register_forward_hook(keep(name, part))
-        for name, (path, part) in TAPS.items()
-    ]
-    attention.aprt_stages = stages  # type: ignore[assignment]
-    try:
-        yield
-        stages["qkv_matmul"] = torch.cat(raw, dim=-1)
-        if any(p.bias is not None for p in projections):
-            stages["qkv_bias"] = torch.cat(biased, dim=-1)
-    finally:
-        del attention.aprt_stages
-        for handle in handles:
-            handle.remove()
+def _product(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor | None = getattr(module, "aprt_product", None)  # of a matrix not held
+    if product is None:
+        product = nn.functional.linear(x, module.weight)  # type: ignore[arg-type]
+    return product
 
 
 @contextmanager
@@ -346,13 +300,3 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         yield
     finally:
         del module.forward
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

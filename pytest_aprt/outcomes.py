@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_aprt.checkpoints import HEADS
 from pytest_aprt.facts import FACTS
 from pytest_aprt.rungs import LOGITS, PATH, ROW_STATUSES, TOKENS, decode_names
 from pytest_aprt.stages import Point
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_aprt.report import Report
 
 GATE = "gate"
-_UNKNOWN = "not judged: it needs the model's GGUF and the oracle's Hugging Face folder"
+_UNKNOWN = "not judged: it needs the model's weights and the oracle's Hugging Face folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,16 @@ def test_names(headers: Headers | None, points: Iterable[Point], decode_steps: i
 
 
 def _tensor_names(headers: Headers) -> list[str]:
-    architecture, tensors = headers.architecture, headers.gguf.tensors
+    model, parameters = headers.model, headers.architecture.parameter_tensors
     expected = [
-        architecture.layer_tensor(layer, suffix)
-        for layer in range(headers.model_facts.layers)
-        for suffix in architecture.layer_tensors
+        model.stored(layer, suffix)
+        for layer in range(headers.graph.n_layers)
+        for suffix in headers.architecture.layer_tensors
     ]
     if not headers.oracle.config.get("tie_word_embeddings", False):
-        expected.append("output.weight")
-    names = dict.fromkeys([*expected, *tensors])
-    return [name for name in names if name not in architecture.parameter_tensors]
+        expected.append(model.head)
+    names = dict.fromkeys([*expected, *model.tensors])
+    return [name for name in names if name not in parameters]
 
 
 def outcome_of(report: Report, name: str) -> Outcome:
@@ -125,8 +126,8 @@ def _config(report: Report, name: str) -> Outcome:
 def _weights(report: Report, name: str) -> Outcome:
     tensor = next((t for t in report["ladder"]["weights"] if t["name"] == name), None)
     if tensor is None:
-        if name == "output.weight":
-            return Outcome(outcome="passed", text="tied: judged as token_embd.weight")
+        if name in HEADS:
+            return Outcome(outcome="passed", text="tied: judged as the embedding")
         return Outcome(outcome="skipped", text=f"the run ended before {name} was read")
     return Outcome(
         outcome="failed" if tensor["status"] == "broken" else "passed",

@@ -8,15 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_aprt.architectures import ROPE_DIVISORS, Architecture, architecture_of
+from pytest_aprt.architectures import Architecture
+from pytest_aprt.checkpoints import (
+    Checkpoint,
+    checkpoint_of,
+    family_of,
+    open_files,
+    read_config,
+)
 from pytest_aprt.errors import ArchitectureError, SourceError
 from pytest_aprt.facts import FACTS, Facts, agree
-from pytest_aprt.sources.gguf import GgufFile
 from pytest_aprt.sources.hf import HfFolder
 from pytest_aprt.stages import StageGraph
 
 if TYPE_CHECKING:
-    from pytest_aprt.weights import GgufWeights, HfWeights
+    from pytest_aprt.weights import HfWeights, ModelWeights
 
 BUFFERS = ("self_attn.rotary_emb.inv_freq",)
 """In a layer of older checkpoints; transformers forms them anew."""
@@ -26,10 +32,9 @@ BUFFERS = ("self_attn.rotary_emb.inv_freq",)
 class Headers:
     """Both sides' headers, read without torch: enough to know the points and refuse bad input."""
 
-    gguf: GgufFile
+    model: Checkpoint
     oracle: HfFolder
     architecture: Architecture
-    model_facts: Facts
     graph: StageGraph
 
 
@@ -37,13 +42,13 @@ class Headers:
 class Pair:
     """Model and oracle, ready to run."""
 
-    gguf: GgufFile
+    model: Checkpoint
     oracle: HfFolder
     architecture: Architecture
     model_facts: Facts
     oracle_facts: Facts
     config: Any  # transformers' PretrainedConfig
-    model_weights: GgufWeights
+    model_weights: ModelWeights
     oracle_weights: HfWeights
     graph: StageGraph
 
@@ -64,55 +69,26 @@ class Pair:
 
 
 def open_headers(weights: str, oracle: str) -> Headers:
-    """Open a GGUF and an oracle, and check that they are of one family.
+    """Open a model and an oracle, and check that they are of one family.
 
     Args:
-        weights: path of the GGUF (any part of a split one).
+        weights: path of a GGUF (any part of a split one), or a Hugging Face folder or hub id.
         oracle: Hugging Face folder or hub id.
 
     Raises:
         AprtError: something is missing, damaged, unknown, or the sides do not fit.
     """
-    gguf = GgufFile.open(weights)
-    folder = HfFolder.open(oracle)
-    architecture = architecture_of(gguf.architecture, str(folder.config.get("model_type")))
-    facts = gguf_facts(gguf, architecture)
+    file, folder = open_files(weights), HfFolder.open(oracle)
+    architecture = family_of(file, folder.config)
+    model = checkpoint_of(file, architecture)
+    model.check()
     _refuse_unknown_tensors(folder, architecture)
     return Headers(
-        gguf=gguf,
+        model=model,
         oracle=folder,
         architecture=architecture,
-        model_facts=facts,
-        graph=architecture.graph(facts.layers),
+        graph=architecture.graph(model.layers),
     )
-
-
-def gguf_facts(gguf: GgufFile, architecture: Architecture) -> Facts:
-    """Return what a GGUF's header says, checked to be a whole model.
-
-    Raises:
-        SourceError: a key or a tensor is missing or contradicts another.
-    """
-    divisors = gguf.tensor(ROPE_DIVISORS).tolist() if ROPE_DIVISORS in gguf.tensors else ()
-    facts = Facts.from_gguf(gguf.metadata, gguf.tensors, architecture, divisors)
-    _require_tensors(gguf, architecture, facts)
-    return facts
-
-
-def read_config(folder: HfFolder) -> Any:
-    """Return transformers' configuration of a model folder; imports transformers.
-
-    Raises:
-        SourceError: transformers does not accept config.json.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder.path, local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        raise SourceError(
-            f"{folder.path}/config.json: transformers does not accept it ({error})"
-        ) from error
 
 
 def config_of(content: Mapping[str, Any]) -> Any:
@@ -137,47 +113,30 @@ def open_pair(headers: Headers) -> Pair:
     Raises:
         ArchitectureError: the two sides differ in a size, so that no stage could be compared.
     """
-    from pytest_aprt.weights import GgufWeights, HfWeights
+    from pytest_aprt.weights import HfWeights, weights_of
 
-    gguf, folder, architecture = headers.gguf, headers.oracle, headers.architecture
+    model, folder, architecture = headers.model, headers.oracle, headers.architecture
     config = read_config(folder)
     oracle_facts = Facts.from_config(config)
     for fact in FACTS.values():
-        a, b = getattr(headers.model_facts, fact.field), getattr(oracle_facts, fact.field)
+        a, b = getattr(model.facts, fact.field), getattr(oracle_facts, fact.field)
         if fact.is_size and not agree(a, b):
             raise ArchitectureError(
-                f"model and oracle differ in {fact.name}: {a} in {gguf.path.name} "
-                f"({architecture.name}.{fact.key}), {b} in the oracle's config.json "
-                f"({fact.config}); give the oracle that the model was made from"
+                f"model and oracle differ in {fact.name}: {a} in {model.path.name} "
+                f"({model.key(fact)}), {b} in the oracle's config.json ({fact.config}); give the "
+                "oracle that the model was made from"
             )
     return Pair(
-        gguf=gguf,
+        model=model,
         oracle=folder,
         architecture=architecture,
-        model_facts=headers.model_facts,
+        model_facts=model.facts,
         oracle_facts=oracle_facts,
         config=config,
-        model_weights=GgufWeights(gguf, architecture, headers.model_facts),
+        model_weights=weights_of(model),
         oracle_weights=HfWeights(folder, architecture, oracle_facts),
         graph=headers.graph,
     )
-
-
-def _require_tensors(gguf: GgufFile, architecture: Architecture, facts: Facts) -> None:
-    """Refuse a file that no engine could run; an absent bias runs, and is the weights rung's."""
-    needed = ["token_embd.weight", "output_norm.weight"]
-    needed += [
-        architecture.layer_tensor(layer, suffix)
-        for layer in range(facts.layers)
-        for suffix in architecture.layer_tensors
-        if not suffix.endswith(".bias")
-    ]
-    for name in needed:
-        if name not in gguf.tensors:
-            raise SourceError(
-                f"{gguf.path}: tensor {name} is missing: expected in every "
-                f"{architecture.name} model of {facts.layers} layers; convert the file again"
-            )
 
 
 def _refuse_unknown_tensors(folder: HfFolder, architecture: Architecture) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ _MEASURED = {
     "IQ4_NL": 0.1140, "IQ4_XS": 0.1150, "MXFP4": 0.1650, "NVFP4": 0.1250, "Q3_K": 0.1960,
     "IQ3_S": 0.3160, "IQ3_XXS": 0.3600, "Q2_K": 0.3528, "IQ2_S": 0.6470, "IQ2_XS": 0.6360,
     "IQ2_XXS": 0.8540, "IQ1_M": 0.6320, "IQ1_S": 0.7410, "TQ2_0": 0.8527, "TQ1_0": 0.8527,
+    # of transformers' quantisers, the coarsest of a width: int8 by rows and float8 by tensors; nf4,
+    # int4, int3 and int2 in blocks of 128 (tests/benchmarks/transformers_quants.py)
+    "8-bit": 0.0480, "4-bit": 0.2419, "3-bit": 0.5121, "2-bit": 0.9124, "quantised": 0.9124,
 }  # fmt: skip
 _ZEROS = 0.95  # a tensor of zeros lies at 1
 _EXACT = 1e-6  # F32 tensors of a converted checkpoint hold its very numbers
@@ -43,3 +48,17 @@ QUANT_TYPES: dict[str, QuantType] = {
     )
     for name, worst in _MEASURED.items()
 }
+
+
+_WIDTHS = {"load_in_8bit": 8, "load_in_4bit": 4}
+_METHODS = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4, "eetq": 8}
+_BITS = ("bits", "nbits", "weight_bits", "w_bit")
+
+
+def type_of(quantisation: Mapping[str, Any]) -> str:
+    """Return the type of the matrices that a ``quantization_config`` of transformers describes."""
+    stated = [width for key, width in _WIDTHS.items() if quantisation.get(key)]
+    stated += [quantisation[key] for key in _BITS if isinstance(quantisation.get(key), int)]
+    stated += [_METHODS.get(str(quantisation.get("quant_method")), 0)]
+    name = f"{stated[0]}-bit"
+    return name if name in QUANT_TYPES else "quantised"

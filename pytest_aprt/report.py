@@ -244,7 +244,7 @@ class TensorJson(TypedDict):
     shape: list[int]
     rel_l2: Number
     bound: Number
-    status: str  # pass, broken
+    status: str  # pass, differs (as after training), broken
     reason: str
 
 
@@ -516,7 +516,7 @@ def _tensor(row: TensorRow) -> TensorJson:
         "shape": list(row.shape),
         "rel_l2": number(row.rel_l2),
         "bound": number(row.bound),
-        "status": "broken" if row.broken else "pass",
+        "status": "broken" if row.broken else "differs" if row.differs else "pass",
         "reason": row.reason,
     }
 

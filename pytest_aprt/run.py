@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pytest_aprt.capture import Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.dump_checks import swapped_sides
-from pytest_aprt.engines.choose import engine_of
+from pytest_aprt.engines.choose import Chosen, engine_of
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.matrices import compute_threads
 from pytest_aprt.measure import Keep, Progress, Prompt, Stop, measure_pair
@@ -34,12 +35,14 @@ from pytest_aprt.rungs.path import path_rows
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
-from pytest_aprt.sources.gguf import GgufFile
 from pytest_aprt.stages import Point
 from pytest_aprt.verdict import Threshold, conclude, not_run
 
 if TYPE_CHECKING:
+    from pytest_aprt.checkpoints import Checkpoint
+    from pytest_aprt.rungs.weights import TensorRow
     from pytest_aprt.sides import Sides
+    from pytest_aprt.weights import ModelWeights
 
 _VERSIONS = ("pytest-aprt", "pytest", "numpy", "torch", "transformers", "safetensors", "gguf",
              "llama-cpp-python")  # fmt: skip
@@ -65,11 +68,9 @@ def run(
         AprtError: the input cannot be run.
     """
     told = facts_of_run(settings)
-    pair = open_pair(headers)
-    prompts = prompts_of(settings, pair)
-    chosen = engine_of(pair, settings, user_engine, prompts)
+    pair, prompts, chosen = set_up(headers, settings, user_engine)
     engine = chosen.engine
-    profile = _profile(settings, engine)
+    profile = profile_of(settings.arithmetic, engine)
     if settings.dump is not None:
         keep = kept_in(settings.dump, prompts, _recorded(pair, chosen.name, profile), keep)
     points = pair.graph.points  # all: a fault upstream of the tests that were asked for counts
@@ -108,8 +109,8 @@ def run(
             "arithmetic": in_words(measurement.arithmetics),
             "profile": profile.name,
             "architecture": pair.architecture.name,
-            "quantisation": quantisation_of(pair.gguf),
-            "sha256": pair.gguf.sha256(),
+            "quantisation": quantisation_of(pair.model_weights),
+            "sha256": pair.model.sha256(),
         },
         oracle={
             "source": settings.oracle,
@@ -122,6 +123,7 @@ def run(
         rungs=rungs,
         verdict=verdict,
         notes=[
+            *_note_on_weights(measurement.tensors),
             *note_on(measurement.errors, prompts),
             *getattr(engine, "notes", ()),
             *notes_on(prompts),
@@ -134,6 +136,22 @@ def rungs_not_run(stopped: Point, settings: Settings) -> dict[str, list[Row]]:
     """Return the rungs behind the stages, of a run that ended at its first divergence."""
     names = {"logits": LOGITS, "decode": decode_names(settings.decode_steps), "path": PATH}
     return {rung: unavailable(rows, not_run(stopped)) for rung, rows in names.items()}
+
+
+def set_up(
+    headers: Headers, settings: Settings, user_engine: Any | None
+) -> tuple[Pair, list[Prompt], Chosen]:
+    """Make both sides, the prompts and the engine ready to run.
+
+    Raises:
+        AprtError: the input cannot be run.
+    """
+    pair = open_pair(headers)
+    prompts = prompts_of(settings, pair)
+    chosen = engine_of(pair, settings.model_side, user_engine, prompts)
+    if chosen.weights is not None:
+        pair = replace(pair, model_weights=chosen.weights)
+    return pair, prompts, chosen
 
 
 def facts_of_run(settings: Settings) -> Callable[[Sequence[Prompt]], report.RunJson]:
@@ -163,9 +181,9 @@ def thresholds_of(settings: Settings) -> dict[str, Threshold]:
     }
 
 
-def quantisation_of(gguf: GgufFile) -> dict[str, int]:
+def quantisation_of(weights: Checkpoint | ModelWeights) -> dict[str, int]:
     """Return how many tensors are of each type, the most frequent first."""
-    return dict(Counter(t.type for t in gguf.tensors.values()).most_common())
+    return dict(Counter(t.type for t in weights.tensors.values()).most_common())
 
 
 def prompts_of(settings: Settings, pair: Pair | Sides) -> list[Prompt]:
@@ -209,7 +227,7 @@ def _tokenised(tokenizer: Any, cut: Cut) -> Prompt:
 
 def _recorded(pair: Pair, engine: str, profile: Profile) -> Fields:
     """Return what the manifests of both sides' dumps say."""
-    hashes = {"model_sha256": pair.gguf.sha256(), "oracle_sha256": pair.oracle.sha256()}
+    hashes = {"model_sha256": pair.model.sha256(), "oracle_sha256": pair.oracle.sha256()}
     return {
         "model": {**hashes, "engine": engine, "arithmetic": profile.name},
         "oracle": {
@@ -221,12 +239,25 @@ def _recorded(pair: Pair, engine: str, profile: Profile) -> Fields:
     }
 
 
-def _profile(settings: Settings, engine: Engine) -> Profile:
+def profile_of(asked: str, engine: Engine) -> Profile:
     """Return the profile that was asked for, else the one that the engine declares, else auto."""
     declared = getattr(engine, "arithmetic", None)
-    if settings.arithmetic == "auto" and declared:
+    if asked == "auto" and declared:
         return profile_named(str(declared))
-    return profile_named(settings.arithmetic)
+    return profile_named(asked)
+
+
+def _note_on_weights(tensors: Sequence[TensorRow]) -> list[str]:
+    """Return what a reader must know where model and oracle are two trainings."""
+    others = [tensor for tensor in tensors if tensor.differs]
+    if not others:
+        return []
+    return [
+        f"{len(others)} of {len(tensors)} tensors hold other numbers than the oracle's, first "
+        f"{others[0].name} ({others[0].rel_l2:.2g} away): the model was trained further, or "
+        "quantised before it was stored. total and weights tell how far the two models are apart; "
+        "engine and local what the engine does"
+    ]
 
 
 def notes_on(prompts: Sequence[Prompt]) -> list[str]:

@@ -23,6 +23,7 @@ from pytest_aprt.statuses import SELF_TESTS
 from pytest_aprt.strips import Strips, longest_whole
 
 if TYPE_CHECKING:
+    from pytest_aprt.measure import PointErrors
     from pytest_aprt.oracle import TransformersRunner
 
 
@@ -116,6 +117,16 @@ class Checks:
             self.fail("replay", f"{point} of transformers is {worst.rel_l2:.1e} from its replay "
                       f"(tolerance {worst.tolerance:.1e}): this model computes something that the "
                       "table of architectures does not say")  # fmt: skip
+
+    def oracle_engine(self, errors: Sequence[PointErrors]) -> None:
+        """Judge the oracle's engine by its own replay: a difference may be its fault."""
+        judged = [e for e in errors if e.worst is not None]
+        self._seen["replay"] += len(judged)
+        wrong = next((e for e in judged if e.worst and e.worst.excess > 1), None)
+        if wrong is not None and wrong.worst is not None:
+            self.fail("replay", f"{wrong.point} of the oracle's engine is {wrong.worst.rel_l2:.1e} "
+                      f"from its replay (tolerance {wrong.worst.tolerance:.1e}): that engine "
+                      "has an error of its own; run it as the model to see all")  # fmt: skip
 
     def canary(self, point: Point, value: Tensor, view: View) -> None:
         """Turn the sign of the largest value in a copy: the comparison must find that element."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines import require
-from pytest_aprt.engines.command_line import FLAG, CommandLine
+from pytest_aprt.engines.command_line import CommandLine
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.options import (
     DEFAULT_COSINE,
+    DEFAULT_DEVICE,
     DEFAULT_ENGINE_TIMEOUT_S,
     DEFAULT_PROMPT,
     DEFAULT_STEPS,
@@ -27,28 +28,41 @@ from pytest_aprt.options import (
 )
 from pytest_aprt.stages import STAGES, Point, StageGraph, stage_named, stages_named
 
-ModelKind = Literal["gguf", "dump", "python", "file"]
+Kind = Literal["gguf", "huggingface", "dump", "python", "file"]
+
+ENGINE_DEVICE = "device"
+"""Engine option of the oracle's that is for its engine what --aprt-device is for the model's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What runs one side, and on what.
+
+    ``weights`` are the GGUF or the Hugging Face model behind it, which is the source itself where
+    that is one; None where they are not known, of a dump or of what only a program reads.
+    """
+
+    flag: str
+    source: str
+    kind: Kind
+    weights: str | None
+    engine: str = "auto"
+    options: Mapping[str, str] = field(default_factory=dict)
+    command: CommandLine | None = None
+    timeout_s: float = DEFAULT_ENGINE_TIMEOUT_S
+    device: str = DEFAULT_DEVICE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The validated settings of one run.
 
-    ``thresholds`` gives each stage its cosine and where that was set. ``weights`` is the GGUF
-    behind the model, which is the model itself where that is a GGUF; None where it is not known, of
-    a dump or of what only a program reads (kind ``file``). A dump may know its own prompts, so none
-    may be asked for.
+    ``thresholds`` gives each stage its cosine and where that was set. A dump may know its own
+    prompts, so none may be asked for.
     """
 
-    model: str
-    model_kind: ModelKind
-    oracle: str
-    oracle_kind: Literal["huggingface", "dump"]
-    weights: str | None
-    engine: str
-    engine_options: Mapping[str, str]
-    engine_command: CommandLine | None
-    engine_timeout_s: float
+    model_side: Side
+    oracle_side: Side
     prompts: tuple[str, ...]
     prompt_sets: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -66,9 +80,41 @@ class Settings:
     command: str
 
     @property
-    def only_total(self) -> bool:
-        """Whether `total` is all that can be measured: no shadow and no replay can be made."""
-        return self.weights is None or self.oracle_kind == "dump"
+    def model(self) -> str:
+        """The model under test, as it was named."""
+        return self.model_side.source
+
+    @property
+    def oracle(self) -> str:
+        """The oracle, as it was named."""
+        return self.oracle_side.source
+
+    @property
+    def model_kind(self) -> Kind:
+        """What the model is."""
+        return self.model_side.kind
+
+    @property
+    def oracle_kind(self) -> Kind:
+        """What the oracle is."""
+        return self.oracle_side.kind
+
+    @property
+    def weights(self) -> str | None:
+        """The weights behind the model, if they are known."""
+        return self.model_side.weights
+
+    @property
+    def oracle_is_engine(self) -> bool:
+        """Whether another engine is the oracle, and not transformers' code in float32."""
+        plain = self.oracle_kind == "huggingface" and self.oracle_side.engine == "auto"
+        return self.oracle_kind != "dump" and not plain
+
+    @property
+    def has_shadow(self) -> bool:
+        """Whether all four errors can be measured: the oracle's code runs the model's weights."""
+        known = self.weights is not None
+        return known and self.oracle_kind != "dump" and not self.oracle_is_engine
 
     @property
     def dumps(self) -> tuple[str, ...]:
@@ -112,22 +158,22 @@ def read_settings(get: Get, *, command: str) -> Settings:
     Raises:
         SettingsError: a value is not valid; the message says what is.
     """
-    model = get("aprt_model")
-    oracle = get("aprt_oracle")
+    model, oracle = get("aprt_model"), get("aprt_oracle")
     if not oracle:
         raise SettingsError(
             "--aprt-model needs --aprt-oracle: expected the Hugging Face folder or hub id that the "
             "model was made from"
         )
-    engine = _one_of("--aprt-engine", get("aprt_engine") or "auto", ENGINES)
-    kind = _kind(model, engine)
-    oracle_kind: Literal["huggingface", "dump"] = "dump" if is_dump(oracle) else "huggingface"
-    weights = get("aprt_weights") or (model if kind == "gguf" else None)
-    if not weights and kind == "python":
+    timeout_s = _seconds("--aprt-engine-timeout", get("aprt_engine_timeout"))
+    device = (get("aprt_device") or DEFAULT_DEVICE).strip().lower()
+    tested = replace(_side(get, "", model, timeout_s), device=device)
+    if tested.kind == "python" and not tested.weights:
         raise SettingsError(
-            f"--aprt-model={model} needs --aprt-weights: expected the GGUF whose weights it runs on"
+            f"--aprt-model={model} needs --aprt-weights: expected the GGUF or the Hugging Face "
+            "model whose weights it runs on"
         )
-    engine_options = _engine_options(get("aprt_engine_option") or ())
+    other = _side(get, "oracle-", oracle, timeout_s)
+    kinds = (tested.kind, other.kind)
     asked, tokens = tuple(get("aprt_prompt") or ()), tuple(get("aprt_tokens") or ())
     sets = tuple(dict.fromkeys(get("aprt_prompt_set") or ()))
     default = get("aprt_min_cosine")
@@ -139,18 +185,9 @@ def read_settings(get: Get, *, command: str) -> Settings:
             "--aprt-dump needs the whole run, which --aprt-stop-at-first may end: leave out one"
         )
     return Settings(
-        model=model,
-        model_kind=kind,
-        oracle=oracle,
-        oracle_kind=oracle_kind,
-        weights=weights,
-        engine=_engine(engine, kind),
-        engine_options=engine_options,
-        engine_command=_engine_command(get("aprt_engine_command"), engine, engine_options),
-        engine_timeout_s=_seconds("--aprt-engine-timeout", get("aprt_engine_timeout")),
-        prompts=asked
-        if asked or tokens or sets or "dump" in (kind, oracle_kind)
-        else (DEFAULT_PROMPT,),
+        model_side=tested,
+        oracle_side=other,
+        prompts=asked if asked or tokens or sets or "dump" in kinds else (DEFAULT_PROMPT,),
         prompt_sets=tuple(_one_of("--aprt-prompt-set", name, PROMPT_SET_NAMES) for name in sets),
         tokens=tuple(token_ids("--aprt-tokens", text) for text in tokens),
         stages=frozenset(stage.name for stage in stages_named(get("aprt_stages") or "all")),
@@ -168,29 +205,58 @@ def read_settings(get: Get, *, command: str) -> Settings:
     )
 
 
-def _engine(engine: str, kind: ModelKind) -> str:
-    if engine != "auto" and kind not in ("gguf", "file"):
-        raise SettingsError(
-            f"--aprt-engine={engine} is not valid with this --aprt-model: it runs "
-            f"{'what a command reads' if engine == 'command' else 'GGUF files'}"
-        )
+_RUNS = {
+    # engine: what it runs, in words
+    "auto": (("gguf", "huggingface", "dump", "python"), ""),
+    "builtin": (("gguf", "huggingface"), "GGUF files and Hugging Face models"),
+    "llama.cpp": (("gguf",), "GGUF files"),
+    "transformers": (("gguf", "huggingface"), "GGUF files and Hugging Face models"),
+    "command": (("gguf", "huggingface", "file"), "what a command reads"),
+}
+
+
+def _side(get: Get, of: str, source: str, timeout_s: float) -> Side:
+    """Return what the options say of one side; ``of`` is ``oracle-`` for the oracle's."""
+    flag, prefix = ("--aprt-oracle" if of else "--aprt-model"), f"--aprt-{of}engine"
+
+    def option(name: str) -> Any:
+        return get(f"aprt_{of}{name}".replace("-", "_"))
+
+    engine = _one_of(prefix, option("engine") or "auto", ENGINES)
+    kind = _kind(flag, source, engine)
+    kinds, runs = _RUNS[engine]
+    if kind not in kinds:
+        raise SettingsError(f"{prefix}={engine} is not valid with this {flag}: it runs {runs}")
     require(engine)
-    return engine
+    options = _engine_options(f"{prefix}-option", option("engine-option") or ())
+    own = source if kind in ("gguf", "huggingface") else None
+    return Side(
+        flag=flag,
+        source=source,
+        kind=kind,
+        weights=own if of else get("aprt_weights") or own,
+        engine=engine,
+        options={k: v for k, v in options.items() if not (of and k == ENGINE_DEVICE)},
+        command=_engine_command(f"{prefix}-command", option("engine-command"), engine, options),
+        timeout_s=timeout_s,
+        device=options.get(ENGINE_DEVICE, DEFAULT_DEVICE) if of else DEFAULT_DEVICE,
+    )
 
 
 def _engine_command(
-    text: str | None, engine: str, options: Mapping[str, str]
+    flag: str, text: str | None, engine: str, options: Mapping[str, str]
 ) -> CommandLine | None:
     """Return the command of the engine ``command``; another engine leaves an ini's alone."""
+    which = flag.removesuffix("-command")
     if engine == "command":
         if not text:
             raise SettingsError(
-                f"--aprt-engine=command needs {FLAG}: expected a program that writes APRT dumps, "
+                f"{which}=command needs {flag}: expected a program that writes APRT dumps, "
                 "such as 'my-engine {model} --tokens {tokens} --dump {out}'"
             )
-        return CommandLine.parse(text, options)
+        return CommandLine.parse(text, options, flag)
     if text and engine == "auto":
-        raise SettingsError(f"{FLAG} needs --aprt-engine=command, which runs it")
+        raise SettingsError(f"{flag} needs {which}=command, which runs it")
     return None
 
 
@@ -204,36 +270,41 @@ def _seconds(flag: str, text: str | None) -> float:
     return found
 
 
-def _engine_options(texts: Sequence[str]) -> dict[str, str]:
+def _engine_options(flag: str, texts: Sequence[str]) -> dict[str, str]:
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (equals and name.strip() and value.strip()):
             raise SettingsError(
-                f"--aprt-engine-option={text} is not valid: expected KEY=VALUE, such as n_threads=2"
+                f"{flag}={text} is not valid: expected KEY=VALUE, such as n_threads=2"
             )
         options[name.strip()] = value.strip()
     return options
 
 
-def _kind(model: str, engine: str) -> ModelKind:
-    if model.startswith(PYTHON_PREFIX):
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+", model.removeprefix(PYTHON_PREFIX)):
-            raise SettingsError(
-                f"--aprt-model={model} is not valid: expected python:module:factory"
-            )
+def _kind(flag: str, source: str, engine: str) -> Kind:
+    if source.startswith(PYTHON_PREFIX):
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", source.removeprefix(PYTHON_PREFIX)):
+            raise SettingsError(f"{flag}={source} is not valid: expected python:module:factory")
         return "python"
-    path = Path(model)
-    if engine == "command" and path.exists() and not is_dump(model):
-        return "gguf" if path.is_file() and path.suffix.lower() == ".gguf" else "file"
-    if path.is_dir():
+    path, of_model = Path(source), flag == "--aprt-model"
+    if is_dump(source):
         return "dump"
     if path.is_file():
-        return "gguf"
-    raise SettingsError(
-        f"--aprt-model={model}: no such file or folder; expected a GGUF file, a folder of APRT "
-        "dumps, or python:module:factory"
-    )
+        return "file" if engine == "command" and path.suffix.lower() != ".gguf" else "gguf"
+    if (path / "config.json").is_file():
+        return "huggingface"
+    if path.is_dir() and (of_model or engine == "command"):
+        return "file" if engine == "command" else "dump"
+    if of_model and not _HUB_ID.fullmatch(source):
+        raise SettingsError(
+            f"--aprt-model={source}: no such file or folder; expected a GGUF file, a Hugging Face "
+            "folder or hub id, a folder of APRT dumps, or python:module:factory"
+        )
+    return "huggingface"
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)(@[^@\s]+)?", re.ASCII)
 
 
 def is_dump(source: str) -> bool:

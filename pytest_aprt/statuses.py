@@ -28,9 +28,11 @@ SELF_TESTS = {
     "layers": "no two layers of the model's capture are identical",
     "repeat": "an oracle layer run twice gives the same bits",
     "hooks": "capture changes no bit of the oracle",
-    "replay": "the replay reproduces transformers' own stages",
+    "replay": "the replay reproduces the oracle's own stages",
     "canary": "one changed value in the model's capture is found, and where it is",
 }
 OF_TOTALS = ("tokens", "capture", "layers", "canary")
 OF_LIVE_ORACLE = ("repeat", "hooks")
-"""The self-tests of a run in which `total` alone is measured, and those that run the oracle."""
+OF_ENGINES = ("replay",)
+"""The self-tests of a run in which `total` alone is measured; those that run transformers as the
+oracle; and those of an oracle that is an engine itself."""

@@ -7,20 +7,30 @@ non-finite values that appear behind finite inputs are an origin, whatever the w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_aprt import report, selftest
-from pytest_aprt.capture import CheckedEngine, Engine, LayerStages
-from pytest_aprt.compare import View, measure, non_finite
+from pytest_aprt.bridges import BridgedReplay
+from pytest_aprt.capture import Engine, LayerStages
+from pytest_aprt.compare import Metrics, View, measure, non_finite
+from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
-from pytest_aprt.dump_checks import CheckedDump
-from pytest_aprt.engines.choose import engine_of
+from pytest_aprt.engines.choose import Chosen, engine_of
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.matrices import compute_threads
-from pytest_aprt.measure import Finals, Keep, Measurement, PointErrors, Progress, Prompt
+from pytest_aprt.measure import (
+    Finals,
+    Keep,
+    Measurement,
+    PointErrors,
+    Progress,
+    Prompt,
+    readings_of,
+)
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.positions import first_of, last, note_on
 from pytest_aprt.run import (
@@ -31,11 +41,14 @@ from pytest_aprt.run import (
     thresholds_of,
 )
 from pytest_aprt.rungs import PATH, TOKENS, Row, decode_names, unavailable
+from pytest_aprt.rungs.config import FactRow, engine_fact_rows
 from pytest_aprt.rungs.logits import total_rows
+from pytest_aprt.rungs.path import path_rows
 from pytest_aprt.settings import Settings
 from pytest_aprt.sides import Sides
-from pytest_aprt.stages import STAGES, Point
-from pytest_aprt.statuses import OF_LIVE_ORACLE, OF_TOTALS
+from pytest_aprt.stages import STAGES, Point, Stage
+from pytest_aprt.statuses import OF_ENGINES, OF_LIVE_ORACLE, OF_TOTALS
+from pytest_aprt.two_engines import Engines, engines_of, note_on_engines
 from pytest_aprt.verdict import conclude
 
 
@@ -45,8 +58,11 @@ def run_totals(
     user_engine: Any | None,
     progress: Progress,
     keep: Keep = lambda side, prompt, layers: layers,
+    user_oracle: Any | None = None,
 ) -> report.Report:
     """Run or read both sides on the prompts and judge every point by `total` alone.
+
+    Where the oracle is another engine, each side's replay judges as well (``two_engines``).
 
     Args:
         sides: the opened files.
@@ -54,13 +70,14 @@ def run_totals(
         user_engine: the engine of ``pytest_aprt_model``, if any.
         progress: told after every layer.
         keep: wraps the layers of both sides (see ``measure_pair``).
+        user_oracle: the engine that is the oracle, if it is of the user's own.
 
     Raises:
         AprtError: the input cannot be run.
     """
     told = facts_of_run(settings)
     prompts = prompts_of(settings, sides)
-    chosen = engine_of(sides, settings, user_engine, prompts)
+    chosen = engine_of(sides, settings.model_side, user_engine, prompts)
     engine, name = chosen.engine, chosen.name
     hashes = _hashes(sides, settings)
     if settings.dump is not None:
@@ -69,18 +86,22 @@ def run_totals(
             "oracle": {"oracle_sha256": hashes["oracle"], "config": sides.config},
         }
         keep = kept_in(settings.dump, prompts, fields, keep)
-    oracle = oracle_of(sides, settings)
+    oracle, engines, facts = _oracle_of(sides, settings, chosen, user_oracle, prompts)
+    thresholds = thresholds_of(settings)
+    path = unavailable(PATH, sides.why)
     with compute_threads(settings.threads):
-        measurement = measure_totals(sides, engine, oracle, prompts, progress, keep)
+        measurement = measure_totals(sides, engine, oracle.engine, prompts, progress, keep, engines)
         logits = total_rows(sides, measurement.finals)
+        if engines is not None:
+            path = path_rows(sides, engine, measurement.finals, thresholds["lm_head"].cosine)
     rungs: dict[str, Sequence[Row]] = {
         "tokens": unavailable(TOKENS, sides.why),
         "logits": logits,
         "decode": unavailable(decode_names(settings.decode_steps), sides.why),
-        "path": unavailable(PATH, sides.why),
+        "path": path,
     }
     verdict = conclude(
-        sides.graph, sides.graph.points, measurement, [], thresholds_of(settings), rungs,
+        sides.graph, sides.graph.points, measurement, facts, thresholds, rungs,
         strict=settings.strict,
     )  # fmt: skip
     return report.build(
@@ -90,10 +111,10 @@ def run_totals(
             "kind": settings.model_kind,
             "engine": name,
             "engine_details": dict(chosen.details()),
-            "arithmetic": "not judged",
-            "profile": settings.arithmetic,
+            "arithmetic": in_words(measurement.arithmetics) if engines else "not judged",
+            "profile": engines.model.profile.name if engines else settings.arithmetic,
             "architecture": sides.architecture.name,
-            "quantisation": {} if sides.gguf is None else quantisation_of(sides.gguf),
+            "quantisation": {} if sides.model is None else quantisation_of(sides.model),
             "sha256": hashes["model"],
         },
         oracle={
@@ -103,11 +124,11 @@ def run_totals(
             "sha256": hashes["oracle"],
         },
         measurement=measurement,
-        facts=[],
+        facts=facts,
         rungs=rungs,
         verdict=verdict,
         notes=[
-            *_notes(sides, measurement),
+            *(_notes(sides, measurement) if engines is None else [note_on_engines(sides, oracle)]),
             *note_on(measurement.errors, prompts),
             *getattr(engine, "notes", ()),
             *notes_on(prompts),
@@ -132,22 +153,34 @@ def _notes(sides: Sides, measurement: Measurement) -> list[str]:
     return notes
 
 
-def oracle_of(sides: Sides, settings: Settings) -> Engine:
-    """Return what runs the oracle, or reads it."""
-    if sides.oracle is not None:
-        return TransformersRunner(sides.transformers_config, sides.oracle_weights)
-    dump = DumpRunner.open(settings.oracle)
-    if dump.has_manifest:
-        return CheckedEngine(dump, sides.graph, sides.oracle_facts, settings.oracle)
-    return CheckedDump(dump, sides, settings.oracle, of_model=False)
+def _oracle_of(
+    sides: Sides,
+    settings: Settings,
+    model: Chosen,
+    user_oracle: Any | None,
+    prompts: Sequence[Prompt],
+) -> tuple[Chosen, Engines | None, list[FactRow]]:
+    """Return what runs or reads the oracle; of an engine what replays it, and the facts."""
+    if sides.oracle is not None and not settings.oracle_is_engine:
+        runner = TransformersRunner(sides.transformers_config, sides.oracle_weights)
+        return Chosen(runner, "transformers"), None, []
+    oracle = engine_of(sides, settings.oracle_side, user_oracle, prompts, sides.other)
+    if not sides.is_replayed:
+        return oracle, None, []
+    engines = engines_of(sides, settings, model, oracle, prompts)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    facts: list[FactRow] = []
+    if sides.model is not None and sides.other is not None:
+        facts = engine_fact_rows(sides.model, sides.other, longest)
+    return oracle, engines, facts
 
 
 def _hashes(sides: Sides, settings: Settings) -> dict[str, str]:
     """Return the sha256 of each side's weights; of a dump what its manifest says, or nothing."""
     found = dict.fromkeys(("model", "oracle"), "")
     for side, file, source in (
-        ("model", sides.gguf, settings.model),
-        ("oracle", sides.oracle, settings.oracle),
+        ("model", sides.model, settings.model),
+        ("oracle", sides.other or sides.oracle, settings.oracle),
     ):
         if file is not None:
             found[side] = file.sha256()
@@ -165,6 +198,7 @@ def measure_totals(
     prompts: Sequence[Prompt],
     progress: Progress = lambda what, done, total: None,
     keep: Keep = lambda side, prompt, layers: layers,
+    engines: Engines | None = None,
 ) -> Measurement:
     """Run or read both sides once, and return the numbers.
 
@@ -175,17 +209,18 @@ def measure_totals(
         prompts: at least one.
         progress: told after every layer.
         keep: wraps the layers of the sides ``model`` and ``oracle`` on every prompt.
+        engines: what both sides are replayed with, where the oracle is an engine.
     """
     result = Measurement()
     runs_oracle = isinstance(oracle, TransformersRunner)
-    names = OF_TOTALS + (OF_LIVE_ORACLE if runs_oracle else ())
+    names = OF_TOTALS + (OF_LIVE_ORACLE if runs_oracle else OF_ENGINES if engines else ())
     checks = selftest.Checks(sides.oracle_facts.vocab, names)
     layers = [*range(sides.graph.n_layers), None]
     done = 0
     try:
         for index, prompt in enumerate(prompts):
             checks.tokens(prompt.tokens)
-            lane = _Lane(index, prompt, sides, engine, oracle, keep)
+            lane = _Lane(index, prompt, sides, engine, oracle, keep, engines)
             for layer in layers:
                 result.errors += lane.measured(layer, checks)
                 if isinstance(oracle, TransformersRunner) and layer == 0 and index == 0:
@@ -196,6 +231,9 @@ def measure_totals(
             result.finals.append(lane.finals())
     except CaptureError as error:
         checks.fail(error.test, str(error))
+    if engines is not None:
+        result.errors = engines.settle(result.errors, checks)
+        result.arithmetics = engines.model.tally.arithmetics()
     result.self_tests = checks.results()
     return result
 
@@ -204,19 +242,38 @@ class _Lane:
     """One prompt on its way through the layers of both sides."""
 
     def __init__(
-        self, index: int, prompt: Prompt, sides: Sides, engine: Engine, oracle: Engine, keep: Keep
+        self,
+        index: int,
+        prompt: Prompt,
+        sides: Sides,
+        engine: Engine,
+        oracle: Engine,
+        keep: Keep,
+        engines: Engines | None,
     ) -> None:
         self._index, self._prompt, self._sides = index, prompt, sides
         self._model = keep("model", index, _layers(engine, prompt))
         self._oracle = keep("oracle", index, _layers(oracle, prompt))
         self._finite: dict[Point, bool] = {}
         self._last: dict[str, LayerStages] = {}
+        self._engines = engines
+        self._shadow: Iterator[LayerStages] | None = None
+        self._replays: dict[str, BridgedReplay] = {}
+        if engines is not None:
+            if engines.shadow is not None:
+                self._shadow = _layers(engines.shadow, prompt)
+            sides_replayed = {"model": engines.model, "oracle": engines.oracle}
+            self._replays = {s: side.on(prompt.tokens) for s, side in sides_replayed.items()}
 
     def measured(self, layer: int | None, checks: selftest.Checks) -> list[PointErrors]:
         """Take both sides one layer on and measure its points."""
         model, oracle = next(self._model), next(self._oracle)
         self._last = {"model": model, "oracle": oracle}
+        shadow = oracle if self._shadow is None else next(self._shadow)
         checks.layer(self._index, model)
+        for side, replay in self._replays.items():
+            replay.enter(self._last[side])
+            replay.stand_in((shadow if side == "model" else model).stages)
         seen = None if layer is None else self._visible(layer)
         found = []
         for stage in self._sides.graph.of_layer(layer):
@@ -225,8 +282,64 @@ class _Lane:
             view = View(stage, self._sides.oracle_facts, seen, first)
             if ours is not None and self._index == 0:
                 checks.canary(point, ours, view)
-            found.append(self._errors(point, ours, theirs, view))
+            errors = self._errors(point, ours, theirs, view)
+            if self._engines is not None:
+                errors = self._judged(errors, self._engines, shadow, seen)
+            found.append(errors)
         return found
+
+    def _judged(
+        self, errors: PointErrors, engines: Engines, shadow: LayerStages, seen: Tensor | None
+    ) -> PointErrors:
+        """Add what the replays of both sides find, and what the shadow says."""
+        point, held = errors.point, self._last["oracle"].stages
+        if point.stage in held:
+            engines.of_oracle.append(self._replayed("oracle", errors, held[point.stage], seen))
+        if errors.missing:
+            return replace(errors, only_total="")
+        value = self._last["model"].stages[point.stage]
+        found = self._replayed("model", errors, value, seen)
+        if self._shadow is None:
+            return replace(found, engine=errors.total)
+        return replace(
+            found,
+            engine=self._compared(point, self._last["model"], shadow, seen),
+            weights=self._compared(point, shadow, self._last["oracle"], seen),
+        )
+
+    def _compared(
+        self, point: Point, a: LayerStages, b: LayerStages, seen: Tensor | None
+    ) -> Metrics | None:
+        """Return the metrics of two runs where both hold a point."""
+        ours, theirs, first = self._cut(point, a.stages, b.stages)
+        if ours is None or theirs is None:
+            return None
+        view = View(STAGES[point.stage], self._sides.oracle_facts, seen, first)
+        return measure(ours, theirs, view, pictured=True)
+
+    def _replayed(
+        self, side: str, errors: PointErrors, value: Tensor, seen: Tensor | None
+    ) -> PointErrors:
+        """Return what a side's replay finds at a point."""
+        replays, stage = self._replays[side], STAGES[errors.point.stage]
+        view = View(stage, self._sides.oracle_facts, seen, replays.first)
+        value = last(stage.name, value, len(self._prompt.tokens) - replays.first)
+        readings = readings_of(errors.point, value, replays, view)
+
+        def view_of(parent: Stage) -> View:
+            return View(parent, self._sides.oracle_facts, seen, replays.first)
+
+        sound = replays.parents_finite(errors.point, view_of)
+        return replace(
+            errors,
+            only_total="",
+            local=readings[0].local,
+            worst=readings[0].worst,
+            readings=readings,
+            born_non_finite=readings[0].local.non_finite_a if sound else 0,
+            bracket=replays.bracket(errors.point),
+            stood_in=replays.stood_in(errors.point),
+        )
 
     def _cut(
         self, point: Point, *sides: Mapping[str, Tensor]

@@ -319,8 +319,9 @@ def _summary(
         alone = " on total alone" if any(_is_by_total(p) for p in judged) else ""
         return f"all {len(judged)} points agree{alone} (lowest cosine {cosine:.6f} at {where})"
     counts = {s: sum(p.status == s for p in judged) for s in ("noise", "drift")}
+    why = "the weights explain the distance" if counts["noise"] else "rounding adds up"
     return (
-        "no stage adds error of its own; the weights explain the distance "
+        f"no stage adds error of its own; {why} "
         f"(lowest cosine {cosine:.4f} at {where}; {counts['noise']} points in noise, "
         f"{counts['drift']} in drift)"
     )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from pytest_aprt.architectures import EMBEDDING, HEAD, Architecture
+from pytest_aprt.architectures import HEAD, Architecture
+from pytest_aprt.checkpoints import Checkpoint, GgufCheckpoint, HfCheckpoint, Stored
 from pytest_aprt.errors import SourceError
 from pytest_aprt.facts import Facts
 from pytest_aprt.matrices import WHOLE, Matrix
@@ -37,6 +38,29 @@ class WeightSource(Protocol):
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a whole-model matrix, in the order asked: (len(indices), columns)."""
+
+
+class ModelWeights(WeightSource, Protocol):
+    """The weights behind the model under test: read as floats, and named as its files name them."""
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor by the name that the files give it."""
+
+    def stored(self, layer: int | None, suffix: str) -> str:
+        """Return the name of a tensor there, given its Hugging Face name (within the layer)."""
+
+    def has(self, layer: int, suffix: str) -> bool:
+        """Return whether a layer's tensor is there."""
+
+    def layer_tensor(self, index: int, suffix: str) -> torch.Tensor:
+        """Return one tensor of a layer, read anew, in Hugging Face order."""
+
+    def matrix(self, name: str) -> Matrix:
+        """Return a whole-model matrix, to be read in pieces."""
+
+    def types(self, layer: int | None) -> dict[str, str]:
+        """Return the type of every matrix of a layer (None: of the head)."""
 
 
 class Layer(Mapping[str, torch.Tensor]):
@@ -86,6 +110,23 @@ def pieces(weights: Mapping[str, torch.Tensor], name: str) -> Iterator[torch.Ten
         yield matrix.piece(rows)
 
 
+class _Named:
+    """Weights that are named as a checkpoint names them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.stored = checkpoint.stored
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor by the name that the files give it."""
+        return self._checkpoint.tensors
+
+    def has(self, layer: int, suffix: str) -> bool:
+        """Return whether a layer's tensor is there."""
+        return self.stored(layer, suffix) in self.tensors
+
+
 class _LayerCache:
     """Keeps the last layer; the system begins to read what is too large to be held of the next."""
 
@@ -103,93 +144,115 @@ class _LayerCache:
         return self._layer
 
 
-class HfWeights:
-    """The oracle's weights, from safetensors."""
+_NARROWER = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
-    def __init__(self, folder: HfFolder, architecture: Architecture, facts: Facts) -> None:
-        self._folder = folder
+
+class HfWeights(_Named):
+    """Weights from safetensors: the oracle's, or those behind the model under test.
+
+    Args:
+        folder: where they lie.
+        architecture: of the model.
+        facts: of the model.
+        side: ``model`` or ``oracle``.
+        dtype: to which the model rounds them as it loads them; the values are float32 all the same.
+    """
+
+    def __init__(
+        self,
+        folder: HfFolder,
+        architecture: Architecture,
+        facts: Facts,
+        side: str = "oracle",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(HfCheckpoint(folder, architecture))
+        self._folder, self._facts, self._side, self._dtype = folder, facts, side, dtype
         self._architecture = architecture
-        self._facts, self._tied = facts, facts.tied_embeddings
         self.layer = _LayerCache(self._load, facts.layers)
         self._matrices: dict[str, Matrix] = {}
 
-    def name_in(self, index: int, suffix: str) -> str:
-        """Return the checkpoint's name of a layer's tensor."""
-        return f"model.layers.{index}.{suffix}"
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor by its name, of the type in which the model keeps it."""
+        found = super().tensors
+        kept = _NARROWER.get(self._dtype)
+        return {name: t._replace(type=kept or t.type) for name, t in found.items()}
 
-    def name_of(self, name: str) -> str:
-        """Return the checkpoint's name of a whole-model tensor; a tied head is the embedding."""
-        return EMBEDDING if name == HEAD and self._tied else name
+    def types(self, layer: int | None) -> dict[str, str]:
+        """Return nothing: the types decide how llama.cpp's kernels round, which do not run here."""
+        return {}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole-model tensor, float32."""
-        return self._folder.tensor(self.name_of(name))
+        return self._kept(self._folder.tensor(self.stored(None, name)))
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a whole-model matrix, float32."""
-        return self._folder.rows(self.name_of(name), indices)
+        return self._kept(self._folder.rows(self.stored(None, name), indices))
 
     def matrix(self, name: str) -> Matrix:
         """Return a whole-model matrix, to be read in pieces: the same one for all who ask."""
         if name not in self._matrices:
             place = self._facts.layers, 0
-            self._matrices[name] = self._matrix(self.name_of(name), name, place)
+            self._matrices[name] = self._matrix(self.stored(None, name), name, place)
         return self._matrices[name]
+
+    def layer_tensor(self, index: int, suffix: str) -> torch.Tensor:
+        """Return one tensor of a layer, read anew."""
+        absent = self._side == "model" and not self.has(index, suffix)
+        if suffix.endswith(".bias") and absent:  # as of a GGUF
+            return torch.zeros(layer_shape(suffix, self._facts))
+        return self._kept(self._folder.tensor(self.stored(index, suffix)))
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._dtype == torch.float32 else tensor.to(self._dtype).float()
 
     def _matrix(self, stored: str, name: str, order: tuple[int, int]) -> Matrix:
         rows, columns = self._folder.shape(stored)
 
         def read(wanted: range, out: torch.Tensor) -> None:
             self._folder.fill(stored, wanted, out)
+            if self._dtype != torch.float32:
+                out.copy_(out.to(self._dtype))
 
         fetch = partial(self._folder.fetch, stored)
-        return Matrix(name, "oracle", order, rows, columns, fetch, read)
+        return Matrix(name, self._side, order, rows, columns, fetch, read)
 
     def _load(self, index: int) -> Layer:
         names = list(self._architecture.layer_tensors)
-        large = {s: self.name_in(index, s) for s in _large(names, self._facts)}
+        large = {s: self.stored(index, s) for s in _large(names, self._facts)}
         return Layer(
-            lambda suffix: self._folder.tensor(self.name_in(index, suffix)),
+            lambda suffix: self.layer_tensor(index, suffix),
             names,
             {s: self._matrix(name, s, (index, names.index(s))) for s, name in large.items()},
         )
 
 
-class GgufWeights:
+class GgufWeights(_Named):
     """The model's dequantised weights in Hugging Face order."""
 
     def __init__(self, file: GgufFile, architecture: Architecture, facts: Facts) -> None:
+        super().__init__(GgufCheckpoint(file, architecture))
         self._file = file
         self._architecture = architecture
         self._facts = facts
         self.layer = _LayerCache(self._load, facts.layers)
         self._matrices: dict[str, Matrix] = {}
 
-    def name_of(self, name: str) -> str:
-        """Return the GGUF name of a whole-model tensor; without output.weight, the embedding."""
-        name = self._architecture.model_tensors[name]
-        absent_head = name == "output.weight" and name not in self._file.tensors
-        return self._architecture.model_tensors[EMBEDDING] if absent_head else name
-
     def tensor(self, name: str) -> torch.Tensor:
         """Return a whole-model tensor, dequantised to float32."""
-        return self._as_in_hf(name, torch.from_numpy(self._file.tensor(self.name_of(name))))
+        return self._as_in_hf(name, torch.from_numpy(self._file.tensor(self.stored(None, name))))
 
     def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
         """Return some rows of a whole-model matrix, dequantised to float32."""
-        return torch.from_numpy(self._file.rows(self.name_of(name), indices))
+        return torch.from_numpy(self._file.rows(self.stored(None, name), indices))
 
     def types(self, layer: int | None) -> dict[str, str]:
         """Return the quantisation type of every matrix of a layer (None: of the head)."""
-        if layer is None:
-            return {HEAD: self._file.tensors[self.name_of(HEAD)].type}
-        names = {s: self._architecture.layer_tensor(layer, s) for s in
-                 self._architecture.layer_tensors}  # fmt: skip
+        suffixes = [HEAD] if layer is None else list(self._architecture.layer_tensors)
+        names = {suffix: self.stored(layer, suffix) for suffix in suffixes}
         return {s: self._file.tensors[n].type for s, n in names.items() if n in self._file.tensors}
-
-    def has(self, layer: int, suffix: str) -> bool:
-        """Return whether the file holds a layer's tensor."""
-        return self._architecture.layer_tensor(layer, suffix) in self._file.tensors
 
     def layer_tensor(self, index: int, suffix: str) -> torch.Tensor:
         """Return one tensor of a layer, read anew, as the checkpoint has it."""
@@ -199,7 +262,7 @@ class GgufWeights:
         """Return a whole-model matrix, to be read in pieces: the same one for all who ask."""
         if name not in self._matrices:
             place = self._facts.layers, 0
-            self._matrices[name] = self._matrix(self.name_of(name), name, place, None)
+            self._matrices[name] = self._matrix(self.stored(None, name), name, place, None)
         return self._matrices[name]
 
     def _matrix(
@@ -257,6 +320,14 @@ class GgufWeights:
         # GGUF rows of a head run (0, D/2, 1, D/2 + 1, ...); Hugging Face's run 0 .. D-1.
         rest = tensor.shape[1:]
         return tensor.reshape(count, -1, 2, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def weights_of(checkpoint: Checkpoint) -> ModelWeights:
+    """Return the weights of a checkpoint, as the model under test."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return GgufWeights(checkpoint.file, checkpoint.architecture, checkpoint.facts)
+    assert isinstance(checkpoint, HfCheckpoint)
+    return HfWeights(checkpoint.file, checkpoint.architecture, checkpoint.facts, "model")
 
 
 def layer_shape(suffix: str, facts: Facts) -> tuple[int, ...]:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_aprt.engines.devices import require_device
 from pytest_aprt.engines.own import user_engine
 from pytest_aprt.errors import AprtError, SettingsError
 from pytest_aprt.items import ROOT, ParityCollector, junit_class
+from pytest_aprt.options import DEFAULT_DEVICE
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names
 from pytest_aprt.progress import ProgressLine
 from pytest_aprt.scratch import Scratch
@@ -97,7 +99,9 @@ class Workbench:
         command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
         settings = read_settings(lambda key: option(config, key), command=command)
         headers: Headers | Sides
-        if settings.weights is None or settings.only_total:
+        if settings.model_side.device != DEFAULT_DEVICE:
+            require_device(settings.model_side.device)
+        if settings.weights is None or not settings.has_shadow:
             headers = open_sides(settings)
         else:
             headers = open_headers(settings.weights, settings.oracle)
@@ -196,10 +200,11 @@ class Workbench:
         if self._kept == "captures":
             keep = {"keep": CaptureWriter(self._captures)}
         with ProgressLine(self.config, time.monotonic()) as progress:
-            engine = user_engine(self.config, settings)
+            engine = user_engine(self.config, settings.model_side)
             earlier = None if settings.baseline is None else report.read(settings.baseline)
             if isinstance(headers, Sides):
-                result = run_totals(headers, settings, engine, progress, **keep)
+                oracle = user_engine(self.config, settings.oracle_side)
+                result = run_totals(headers, settings, engine, progress, user_oracle=oracle, **keep)
             else:
                 result = run(headers, settings, engine, progress, **keep)
             if earlier is not None and settings.baseline is not None:

@@ -56,7 +56,7 @@ def bench_of(engine=None):
         pair = _pair()
         if engine is None:
             prompts = prompts_of(settings, pair)
-            return Opened(pair, engine_of(pair, settings, None, prompts).engine, prompts)
+            return Opened(pair, engine_of(pair, settings.model_side, None, prompts).engine, prompts)
         checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "test")
         return Opened(pair, checked, prompts_of(settings, pair))
 

@@ -141,7 +141,7 @@ def verdict_on(pair, engine, tokens=TOKENS):
     settings = read_settings(
         {
             "aprt_model": engine,
-            "aprt_weights": str(pair.gguf.path),
+            "aprt_weights": str(pair.model.file.path),
             "aprt_oracle": str(pair.oracle.path),
             "aprt_tokens": [",".join(map(str, tokens))],
         }.get,

@@ -28,8 +28,8 @@ BY_NAME = {fault.name: fault for fault in (*TOKEN_FAULTS, *CONFIG_FAULTS, *WEIGH
 
 def planted(fault, folder):
     pair = fixture_pair(fault.family)
-    return rewritten(pair.gguf.path, folder / "faulty.gguf", fault.metadata(pair.gguf.metadata),
-                     fault.tensors(pair.gguf))  # fmt: skip
+    file, path = pair.model.file, folder / "faulty.gguf"
+    return rewritten(file.path, path, fault.metadata(file.metadata), fault.tensors(file))
 
 
 def report_of(family, gguf=None, engine=None):
@@ -112,11 +112,11 @@ def test_a_production_path_of_its_own_is_named_last():
 
 
 def test_the_lowest_rung_is_named_where_several_break(tmp_path):
-    both = {**BY_NAME["merges-swapped"].metadata(fixture_pair().gguf.metadata),
+    both = {**BY_NAME["merges-swapped"].metadata(fixture_pair().model.file.metadata),
             **BY_NAME["rope-base"].metadata({"general.architecture": "qwen2"})}  # fmt: skip
     pair = fixture_pair()
-    path = rewritten(pair.gguf.path, tmp_path / "x.gguf", both,
-                     BY_NAME["transposed"].tensors(pair.gguf))  # fmt: skip
+    path = rewritten(pair.model.file.path, tmp_path / "x.gguf", both,
+                     BY_NAME["transposed"].tensors(pair.model.file))  # fmt: skip
     report = report_of("qwen2", path)
     assert report["verdict"]["rung"] == "tokens"
     broken = {rung for rung, rows in report["ladder"].items()

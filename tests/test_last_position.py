@@ -198,7 +198,7 @@ def test_places_are_counted_from_the_start_of_the_prompt(pair):
 
 def settings_on(pair, model, oracle=None, weights=True):
     given = {"aprt_model": str(model), "aprt_oracle": str(oracle or pair.oracle.path)}
-    given |= {"aprt_weights": str(pair.gguf.path)} if weights else {}
+    given |= {"aprt_weights": str(pair.model.file.path)} if weights else {}
     return read_settings({**given, "aprt_tokens": [",".join(map(str, TOKENS))]}.get, command="")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from faults.files import rewritten
 from faults.ladder import TOKEN_FAULTS
 from harness import FIXTURES, fixture_pair
 
+from pytest_aprt.checkpoints import GgufCheckpoint
 from pytest_aprt.errors import SourceError
 from pytest_aprt.rungs import ROW_STATUSES, TOKENS
 from pytest_aprt.rungs.tokenizer import SPLITTINGS, GgufTokenizer, merges_of
@@ -25,7 +27,9 @@ def pairs():
 
 def with_gguf(pair, path):
     """The pair with another GGUF's metadata, the oracle's tokenizer kept."""
-    changed = dataclasses.replace(pair, gguf=GgufFile.open(path))
+    changed = dataclasses.replace(
+        pair, model=GgufCheckpoint(GgufFile.open(path), pair.architecture)
+    )
     changed.__dict__["tokenizer"] = pair.tokenizer
     return changed
 
@@ -41,7 +45,7 @@ def test_a_clean_pair_passes_every_test(pairs, family):
 def test_a_fault_breaks_its_tests_and_no_others(pairs, fault, tmp_path):
     clean = pairs[fault.family]
     source = FIXTURES / f"tiny-{fault.family}" / "q4_k_m.gguf"
-    path = rewritten(source, tmp_path / "faulty.gguf", fault.metadata(clean.gguf.metadata))
+    path = rewritten(source, tmp_path / "faulty.gguf", fault.metadata(clean.model.file.metadata))
     rows = token_rows(with_gguf(clean, path), ("What is 2+2?",))
     broken = {row.name for row in rows if row.broken}
     prompts = {*PROMPTS, "special", "user"}
@@ -52,10 +56,10 @@ def test_a_fault_breaks_its_tests_and_no_others(pairs, fault, tmp_path):
 
 def test_the_first_differing_prompt_and_position_are_named(pairs, tmp_path):
     clean = pairs["qwen2"]
-    tokens = list(clean.gguf.metadata["tokenizer.ggml.tokens"])
+    tokens = list(clean.model.file.metadata["tokenizer.ggml.tokens"])
     at = tokens.index("?")
     tokens[at], tokens[0] = tokens[0], tokens[at]
-    path = rewritten(clean.gguf.path, tmp_path / "x.gguf", {"tokenizer.ggml.tokens": tokens})
+    path = rewritten(clean.model.file.path, tmp_path / "x.gguf", {"tokenizer.ggml.tokens": tokens})
     rows = {row.name: row for row in token_rows(with_gguf(clean, path), ("2+2", "What is 2+2?"))}
     ids = clean.tokenizer("What is 2+2?")["input_ids"]
     found = rows["user"].figures
@@ -85,8 +89,9 @@ def test_an_end_at_which_the_oracle_stops_too_is_no_fault(pairs, tmp_path):
 
 def test_without_a_tokenizer_on_either_side_the_reason_is_given(pairs):
     pair = pairs["qwen2"]
-    empty = SimpleNamespace(metadata={"general.architecture": "qwen2"})
-    rows = token_rows(dataclasses.replace(pair, gguf=empty), ())
+    file = SimpleNamespace(metadata={"general.architecture": "qwen2"}, path=Path("empty.gguf"))
+    empty = GgufCheckpoint(file, pair.architecture)
+    rows = token_rows(dataclasses.replace(pair, model=empty), ())
     assert [row.name for row in rows] == list(TOKENS)
     assert {row.status for row in rows} == {"unavailable"}
     assert ROW_STATUSES["unavailable"] == "skipped"

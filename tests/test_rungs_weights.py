@@ -27,7 +27,7 @@ def test_a_clean_pair_is_silent(family):
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_named_at_its_tensor_and_at_no_other(fault, tmp_path):
     source = FIXTURES / f"tiny-{fault.family}" / "q4_k_m.gguf"
-    with fixture_pair(fault.family).gguf as file:
+    with fixture_pair(fault.family).model.file as file:
         path = rewritten(source, tmp_path / "faulty.gguf", tensors=fault.tensors(file))
     rows = {row.name: row for row in weight_rows(fixture_pair(fault.family, path))}
     assert {name for name, row in rows.items() if row.broken} == fault.found

@@ -67,7 +67,9 @@ def test_help_starts_with_a_capital_and_has_no_full_stop(option):
 def test_flag_and_key_are_twins():
     assert [option.flag for option in OPTIONS] == [
         "--aprt-model", "--aprt-oracle", "--aprt-weights", "--aprt-engine",
-        "--aprt-engine-option", "--aprt-engine-command", "--aprt-engine-timeout",
+        "--aprt-engine-option", "--aprt-engine-command", "--aprt-oracle-engine",
+        "--aprt-oracle-engine-option", "--aprt-oracle-engine-command", "--aprt-device",
+        "--aprt-engine-timeout",
         "--aprt-prompt", "--aprt-prompt-set", "--aprt-tokens", "--aprt-stages", "--aprt-layers",
         "--aprt-min-cosine", "--aprt-threshold", "--aprt-arithmetic", "--aprt-decode-steps",
         "--aprt-threads", "--aprt-strict", "--aprt-stop-at-first", "--aprt-contracts",
@@ -130,7 +132,7 @@ def test_a_path_in_an_ini_lies_beside_it(tmp_path):
 def test_defaults(read, gguf):
     s = read()
     assert (s.model, s.weights, s.oracle) == (gguf, gguf, "org/oracle")
-    assert (s.model_kind, s.engine, s.arithmetic) == ("gguf", "auto", "auto")
+    assert (s.model_kind, s.model_side.engine, s.arithmetic) == ("gguf", "auto", "auto")
     assert (s.prompts, s.tokens) == ((DEFAULT_PROMPT,), ())
     assert (s.stages, s.layers) == (frozenset(STAGES), "all")
     assert (s.strict, s.report, s.command) == (False, None, "pytest")
@@ -157,8 +159,8 @@ def test_weights_of_its_own_beat_those_of_the_model(read):
 
 def test_a_missing_model_is_told(read):
     assert refusal(read, aprt_model="nowhere.gguf") == (
-        "--aprt-model=nowhere.gguf: no such file or folder; expected a GGUF file, a folder of APRT "
-        "dumps, or python:module:factory"
+        "--aprt-model=nowhere.gguf: no such file or folder; expected a GGUF file, a Hugging "
+        "Face folder or hub id, a folder of APRT dumps, or python:module:factory"
     )
 
 
@@ -176,9 +178,9 @@ def test_an_engine_of_ones_own_needs_weights(read):
 
 def test_of_a_dump_without_weights_total_alone_is_judged(read, tmp_path):
     settings = read(aprt_model=str(tmp_path))
-    assert (settings.weights, settings.only_total, settings.prompts) == (None, True, ())
+    assert (settings.weights, settings.has_shadow, settings.prompts) == (None, False, ())
     assert settings.dumps == (str(tmp_path),)
-    assert not read(aprt_model=str(tmp_path), aprt_weights="a.gguf").only_total
+    assert read(aprt_model=str(tmp_path), aprt_weights="a.gguf").has_shadow
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_an_oracle_that_is_a_dump(read, tmp_path, files, kind):
         path.touch()
     settings = read(aprt_oracle=str(tmp_path))
     assert settings.oracle_kind == kind
-    assert settings.only_total == (kind == "dump")
+    assert settings.has_shadow == (kind == "huggingface")
 
 
 # Programs as engines
@@ -219,8 +221,8 @@ def test_a_command_reads_what_it_likes(read, tmp_path, name, kind):
     assert settings.model_kind == kind
     assert settings.weights == (path if kind == "gguf" else None)
     assert read(aprt_model=path, aprt_weights="a.gguf", **COMMAND).weights == "a.gguf"
-    assert settings.engine_command.arguments == ("true", "{model}", "{out}")
-    assert settings.engine_timeout_s == 600
+    assert settings.model_side.command.arguments == ("true", "{model}", "{out}")
+    assert settings.model_side.timeout_s == 600
 
 
 def test_a_folder_may_be_what_a_command_reads(read, tmp_path):
@@ -233,7 +235,7 @@ def test_a_folder_may_be_what_a_command_reads(read, tmp_path):
 
 
 def test_a_command_of_an_ini_does_not_stand_in_the_way_of_another_engine(read):
-    assert read(**{**COMMAND, "aprt_engine": "builtin"}).engine_command is None
+    assert read(**{**COMMAND, "aprt_engine": "builtin"}).model_side.command is None
     assert refusal(read, aprt_engine_command="true {out}") == (
         "--aprt-engine-command needs --aprt-engine=command, which runs it"
     )
@@ -247,7 +249,7 @@ def test_a_time_limit_is_a_number_of_seconds(read, value):
     assert refusal(read, aprt_engine_timeout=value) == (
         f"--aprt-engine-timeout={value} is not valid: expected seconds, such as 600"
     )
-    assert read(aprt_engine_timeout="1.5").engine_timeout_s == 1.5
+    assert read(aprt_engine_timeout="1.5").model_side.timeout_s == 1.5
 
 
 # Wrong values

@@ -45,7 +45,7 @@ def report_of(model, oracle, tokens=TOKENS, **options):
     asked = {"aprt_tokens": [",".join(map(str, tokens))]} if tokens else {}
     asked |= {"aprt_model": str(model), "aprt_oracle": str(oracle), **options}
     settings = read_settings(asked.get, command="")
-    assert settings.only_total
+    assert not settings.has_shadow
     return run_totals(open_sides(settings), settings, None, lambda what, done, total: None)
 
 
@@ -195,19 +195,19 @@ def test_two_dumps(pair, oracle, tmp_path):
 
 def test_a_live_model_against_a_dumped_oracle(pair, oracle, tmp_path):
     """The GGUF says the shapes, so the oracle's dump needs no manifest."""
-    with_manifest = report_of(pair.gguf.path, oracle_dump(pair, oracle, tmp_path), tokens=None)
+    with_manifest = report_of(pair.model.path, oracle_dump(pair, oracle, tmp_path), tokens=None)
     foreign(oracle, tmp_path / "foreign")
-    without = report_of(pair.gguf.path, tmp_path / "foreign")
+    without = report_of(pair.model.path, tmp_path / "foreign")
     for report in (with_manifest, without):
         assert report["verdict"]["status"] == "INCONCLUSIVE"
         assert report["model"]["quantisation"]
-        assert report["model"]["sha256"] == pair.gguf.sha256()
+        assert report["model"]["sha256"] == pair.model.sha256()
     assert [p["total"] for p in with_manifest["points"]] == [p["total"] for p in without["points"]]
 
 
 def test_a_dump_with_weights_against_a_dumped_oracle(pair, oracle, tmp_path):
     ours, theirs = dump(builtin(pair), tmp_path), oracle_dump(pair, oracle, tmp_path)
-    report = report_of(ours, theirs, aprt_weights=str(pair.gguf.path))
+    report = report_of(ours, theirs, aprt_weights=str(pair.model.path))
     live = report_of(ours, pair.oracle.path)
     assert report["verdict"]["status"] == live["verdict"]["status"] == "INCONCLUSIVE"
     assert [p["total"] for p in report["points"]] == [p["total"] for p in live["points"]]
@@ -228,7 +228,7 @@ def test_another_prompts_dump_is_recognised(pair, oracle, tmp_path):
         assert "row 6 of its embedding is that of token 10, the prompt has 9" in (
             report["verdict"]["summary"])  # fmt: skip
     foreign(oracle, tmp_path / "oracle", other)
-    report = report_of(pair.gguf.path, tmp_path / "oracle")
+    report = report_of(pair.model.path, tmp_path / "oracle")
     assert "row 6 of its embedding is that of token 10" in report["verdict"]["summary"]
     theirs = oracle_dump(pair, oracle, tmp_path / "declared", other)
     with pytest.raises(SettingsError, match=r"declared/oracle holds no run on the tokens \[3, "):
@@ -248,9 +248,9 @@ def test_an_oracle_of_other_sizes(pair, tmp_path):
     config = {**pair.oracle.config, "intermediate_size": 128}
     theirs = dump(builtin(pair), tmp_path, side="oracle", fields={"oracle": {"config": config}})
     with pytest.raises(
-        ArchitectureError, match="differ in intermediate_size: 512 in the GGUF, 128"
+        ArchitectureError, match="differ in intermediate_size: 512 in the model's weights, 128"
     ):
-        report_of(pair.gguf.path, theirs)
+        report_of(pair.model.path, theirs)
 
 
 def test_a_text_needs_a_tokenizer(pair, oracle, tmp_path):

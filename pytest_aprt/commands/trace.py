@@ -135,12 +135,14 @@ def _open(model: str) -> _Model:
 
 def _open_gguf(path: str) -> _Model:
     from pytest_aprt.architectures import architecture_of
-    from pytest_aprt.pair import gguf_facts
+    from pytest_aprt.checkpoints import GgufCheckpoint
     from pytest_aprt.sources.gguf import GgufFile
 
     file = GgufFile.open(path)
     architecture = architecture_of(file.architecture, None)
-    facts = gguf_facts(file, architecture)
+    checkpoint = GgufCheckpoint(file, architecture)
+    checkpoint.check()
+    facts = checkpoint.facts
 
     from pytest_aprt.forward import BuiltinRunner  # loads torch, so only for a file that is right
     from pytest_aprt.weights import GgufWeights
@@ -157,8 +159,8 @@ def _open_gguf(path: str) -> _Model:
 
 def _open_hugging_face(source: str) -> _Model:
     from pytest_aprt.architectures import architecture_of
+    from pytest_aprt.checkpoints import read_config
     from pytest_aprt.facts import Facts
-    from pytest_aprt.pair import read_config
     from pytest_aprt.sources.hf import HfFolder
 
     folder = HfFolder.open(source)

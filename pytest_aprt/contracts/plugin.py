@@ -164,19 +164,18 @@ class ContractPlugin:
         return self._bench
 
     def _open(self) -> Opened:
-        from pytest_aprt.engines.choose import engine_of
         from pytest_aprt.engines.own import user_engine
-        from pytest_aprt.pair import open_headers, open_pair
-        from pytest_aprt.run import prompts_of
+        from pytest_aprt.pair import open_headers
+        from pytest_aprt.run import set_up
         from pytest_aprt.settings import read_settings
 
         settings = read_settings(lambda key: self._option(self.config, key), command="")
-        if settings.weights is None or settings.only_total:
+        if settings.weights is None or not settings.has_shadow:
             raise BlockedError("the model cannot be run again: give --aprt-weights and an oracle "
                                "that is no dump")  # fmt: skip
-        pair = open_pair(open_headers(settings.weights, settings.oracle))
-        prompts = prompts_of(settings, pair)
-        chosen = engine_of(pair, settings, user_engine(self.config, settings), prompts)
+        headers = open_headers(settings.weights, settings.oracle)
+        engine = user_engine(self.config, settings.model_side)
+        pair, prompts, chosen = set_up(headers, settings, engine)
         return Opened(pair, chosen.engine, prompts)
 
     # -- outcomes ----------------------------------------------------------------------------------

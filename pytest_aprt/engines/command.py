@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_aprt.capture import CheckedEngine, LayerStages
 from pytest_aprt.dump import DumpRunner
 from pytest_aprt.dump_checks import CheckedDump
-from pytest_aprt.engines.command_line import FLAG, OF_THE_PROMPT, CommandLine
+from pytest_aprt.engines.command_line import OF_THE_PROMPT, CommandLine
 from pytest_aprt.engines.process import ending, finished, tail
 from pytest_aprt.errors import CaptureError, EngineError, SettingsError, SourceError
 from pytest_aprt.options import DEFAULT_ENGINE_TIMEOUT_S
@@ -50,15 +50,17 @@ class Command:
         used = line.placeholders
         for name in used:
             if name not in (*values, *OF_THE_PROMPT, "out"):
-                raise SettingsError(f"{FLAG}: {{{name}}} is not known in this run: {_WHY[name]}")
+                raise SettingsError(
+                    f"{line.flag}: {{{name}}} is not known in this run: {_WHY[name]}"
+                )
         if "prompt" in used and not all(self._texts.values()):
             raise SettingsError(
-                f"{FLAG} has {{prompt}}, but token ids were given: expected --aprt-prompt, or "
+                f"{line.flag} has {{prompt}}, but token ids were given: expected --aprt-prompt, or "
                 "{tokens} in the command"
             )
         if len(self._texts) > 1 and not set(used) & set(OF_THE_PROMPT):
             raise SettingsError(
-                f"{FLAG} tells the program no prompt, and {len(self._texts)} are to be run: "
+                f"{line.flag} tells the program no prompt, and {len(self._texts)} are to be run: "
                 "expected {prompt} or {tokens} in it, or one prompt, the one that the program "
                 "always runs"
             )

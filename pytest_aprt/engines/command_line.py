@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pytest_aprt.errors import SettingsError
 
 FLAG = "--aprt-engine-command"
+"""The option, of the model's engine."""
 
 PLACEHOLDERS = {
     # {name}: what stands there when the program runs
     "model": "what --aprt-model names",
-    "weights": "the GGUF that --aprt-weights names",
+    "weights": "the weights that --aprt-weights names",
     "oracle": "folder of the Hugging Face oracle, which has the tokenizer",
     "out": "an empty folder, to which the program writes its dump",
     "stages": "the stages that the model has, as attn_norm,qkv_matmul,...",
@@ -34,13 +35,14 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command with placeholders; ``text`` is what the user wrote."""
+    """A command with placeholders; ``text`` is what the user wrote as the option ``flag``."""
 
     text: str
     arguments: tuple[str, ...]
+    flag: str = FLAG
 
     @classmethod
-    def parse(cls, text: str, options: Mapping[str, str]) -> CommandLine:
+    def parse(cls, text: str, options: Mapping[str, str], flag: str = FLAG) -> CommandLine:
         """Split a command; ``options`` are placeholders of the user's own, already filled in.
 
         Raises:
@@ -51,32 +53,32 @@ class CommandLine:
             arguments = tuple(shlex.split(text))
         except ValueError as error:
             raise SettingsError(
-                f"{FLAG}={text} is not valid: {str(error).lower()}; expected a program and its "
+                f"{flag}={text} is not valid: {str(error).lower()}; expected a program and its "
                 "arguments, quoted as for a shell"
             ) from error
-        found = cls(text, arguments)
+        found = cls(text, arguments, flag)
         known = (*PLACEHOLDERS, *options)
         for name in found.placeholders:
             if name not in known:
                 raise SettingsError(
-                    f"{FLAG}={text} is not valid: {{{name}}} is unknown, expected one of "
+                    f"{flag}={text} is not valid: {{{name}}} is unknown, expected one of "
                     f"{', '.join(f'{{{name}}}' for name in known)}"
                 )
         if "out" not in found.placeholders:
             raise SettingsError(
-                f"{FLAG}={text} is not valid: expected {{out}}, the folder to which the program "
+                f"{flag}={text} is not valid: expected {{out}}, the folder to which the program "
                 "writes its dump"
             )
         for name in options:
             if name in PLACEHOLDERS or name not in found.placeholders:
                 raise SettingsError(
-                    f"--aprt-engine-option={name} has no use: expected {{{name}}} in {FLAG}, and "
-                    f"none of the names {', '.join(PLACEHOLDERS)}"
+                    f"{flag.removesuffix('command')}option={name} has no use: expected {{{name}}} "
+                    f"in {flag}, and none of the names {', '.join(PLACEHOLDERS)}"
                 )
-        found = cls(text, tuple(_filled(argument, options) for argument in arguments))
+        found = cls(text, tuple(_filled(argument, options) for argument in arguments), flag)
         if shutil.which(found.arguments[0]) is None:
             raise SettingsError(
-                f"{FLAG}={text}: there is no program {found.arguments[0]}: expected one in PATH, "
+                f"{flag}={text}: there is no program {found.arguments[0]}: expected one in PATH, "
                 "or a path to one that may be executed"
             )
         return found

@@ -13,22 +13,26 @@ from pytest_aprt.errors import AprtError, SettingsError, blame
 from pytest_aprt.options import PYTHON_PREFIX
 
 if TYPE_CHECKING:
-    from pytest_aprt.settings import Settings
+    from pytest_aprt.settings import Side
 
 
-def user_engine(config: pytest.Config, settings: Settings) -> Any | None:
-    """Return the user's engine, or None where the model is a file that we run.
+def user_engine(config: pytest.Config, side: Side) -> Any | None:
+    """Return the user's engine of a side, or None where it is something that we run.
 
     Raises:
         SettingsError: the hook or the factory raises, or there is no such factory.
     """
-    engine = _guarded("the hook pytest_aprt_model", config.hook.pytest_aprt_model, config=config)
-    if engine is not None or settings.model_kind != "python":
-        return engine
-    return _from_factory(settings.model, str(config.invocation_params.dir))
+    if side.flag == "--aprt-model":
+        hook = config.hook.pytest_aprt_model
+        engine = _guarded("the hook pytest_aprt_model", hook, config=config)
+        if engine is not None:
+            return engine
+    if side.kind != "python":
+        return None
+    return _from_factory(side.flag, side.source, str(config.invocation_params.dir))
 
 
-def _from_factory(source: str, folder: str) -> Any:
+def _from_factory(flag: str, source: str, folder: str) -> Any:
     """Return what ``python:module:factory`` makes; modules of the current folder are found."""
     module, _, name = source.removeprefix(PYTHON_PREFIX).partition(":")
     if folder not in sys.path:
@@ -39,20 +43,20 @@ def _from_factory(source: str, folder: str) -> Any:
         found = None
     if found is None:
         raise SettingsError(
-            f"--aprt-model={source}: there is no module {module}; expected one that is installed, "
+            f"{flag}={source}: there is no module {module}; expected one that is installed, "
             f"or lies in {folder}"
         )
-    loaded = _guarded(f"--aprt-model={source}: importing {module}", importlib.import_module, module)
+    loaded = _guarded(f"{flag}={source}: importing {module}", importlib.import_module, module)
     factory = getattr(loaded, name, None)
     if not callable(factory):
         raise SettingsError(
-            f"--aprt-model={source}: module {module} has no function {name}; expected "
+            f"{flag}={source}: module {module} has no function {name}; expected "
             "python:module:factory, where factory() returns the engine"
         )
-    engine = _guarded(f"--aprt-model={source}: {name}()", factory)
+    engine = _guarded(f"{flag}={source}: {name}()", factory)
     if engine is None:
         raise SettingsError(
-            f"--aprt-model={source}: {name}() returned None; expected an engine, an object with "
+            f"{flag}={source}: {name}() returned None; expected an engine, an object with "
             "layers(tokens)"
         )
     return engine

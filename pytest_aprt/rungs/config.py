@@ -1,4 +1,4 @@
-"""The config rung: every numerical fact, GGUF metadata against config.json."""
+"""The config rung: every numerical fact, as the files of both sides state it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_aprt.architectures import ROPE_DIVISORS
-from pytest_aprt.facts import FACTS, agree
+from pytest_aprt.checkpoints import Checkpoint, HfCheckpoint
+from pytest_aprt.facts import FACTS, Fact, Facts, agree
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class FactRow:
     """One fact as both sides state it. ``broken`` where a difference changes this run's result.
 
-    ``model_states`` and ``oracle_states`` are false where the file does not hold the key, so that
-    the value is the default that llama.cpp, or transformers, takes. A difference matters to prompts
-    ``beyond`` so many tokens; infinity if to none.
+    ``default`` and ``oracle_default`` say whose default a value is that the side's files do not
+    state, and are empty where they do. A difference matters to prompts ``beyond`` so many tokens;
+    infinity if to none.
     """
 
     name: str
@@ -30,9 +30,19 @@ class FactRow:
     agree: bool
     broken: bool
     feeds: tuple[str, ...]
-    model_states: bool = True
-    oracle_states: bool = True
+    default: str = ""
+    oracle_default: str = ""
     beyond: float = 0
+
+    @property
+    def model_states(self) -> bool:
+        """Whether the model's files hold the key."""
+        return not self.default
+
+    @property
+    def oracle_states(self) -> bool:
+        """Whether the oracle's files hold the key."""
+        return not self.oracle_default
 
     @property
     def reason(self) -> str:
@@ -41,10 +51,10 @@ class FactRow:
             return ""
         ours = f"{self.model} in the model"
         theirs = f"{self.oracle} in the oracle"
-        if not self.model_states:
-            ours += f" (the GGUF has no {self.key}: llama.cpp's default)"
-        if not self.oracle_states:
-            theirs += f" (config.json has no {self.config}: transformers' default)"
+        if self.default:
+            ours += f" ({self.default})"
+        if self.oracle_default:
+            theirs += f" ({self.oracle_default})"
         said = f"is {ours}, {theirs}"
         if math.isinf(self.beyond):
             return f"{said}; it changes no result"
@@ -53,40 +63,41 @@ class FactRow:
 
 def fact_rows(pair: Pair, tokens: int) -> list[FactRow]:
     """Return the config rung for prompts of at most ``tokens``."""
-    model, oracle = pair.model_facts, pair.oracle_facts
+    oracle = HfCheckpoint(pair.oracle, pair.architecture)
+    return _rows((pair.model, pair.model_facts), (oracle, pair.oracle_facts), tokens)
+
+
+def engine_fact_rows(model: Checkpoint, oracle: Checkpoint, tokens: int) -> list[FactRow]:
+    """Return the config rung of what two engines run."""
+    return _rows((model, model.facts), (oracle, oracle.facts), tokens)
+
+
+def _rows(
+    model: tuple[Checkpoint, Facts], oracle: tuple[Checkpoint, Facts], tokens: int
+) -> list[FactRow]:
     rows = []
     for fact in FACTS.values():
-        a, b = getattr(model, fact.field), getattr(oracle, fact.field)
+        a, b = getattr(model[1], fact.field), getattr(oracle[1], fact.field)
         same = agree(a, b)
         rows.append(
             FactRow(
                 name=fact.name,
                 model=a,
                 oracle=b,
-                key=fact.key,
-                config=fact.config,
+                key=model[0].key(fact),
+                config=oracle[0].key(fact),
                 agree=same,
-                broken=not same and fact.matters(model, oracle, tokens),
+                broken=not same and fact.matters(model[1], oracle[1], tokens),
                 feeds=fact.feeds,
-                model_states=_is_stated(pair, fact.key),
-                oracle_states=_is_configured(pair, fact.config),
-                beyond=fact.beyond(model, oracle),
+                default=_default(model[0], fact),
+                oracle_default=_default(oracle[0], fact),
+                beyond=fact.beyond(model[1], oracle[1]),
             )
         )
     return rows
 
 
-def _is_stated(pair: Pair, key: str) -> bool:
-    """Return whether the GGUF holds a key, or a group of keys, or a tensor that stands for it."""
-    full = f"{pair.architecture.name}.{key}"
-    stated = key in pair.gguf.metadata or key in pair.gguf.tensors
-    if key == "rope.scaling":
-        stated |= ROPE_DIVISORS in pair.gguf.tensors
-    return stated or any(k == full or k.startswith(f"{full}.") for k in pair.gguf.metadata)
-
-
-def _is_configured(pair: Pair, key: str) -> bool:
-    """Return whether config.json holds a key, which may lie among the rope parameters."""
-    config = pair.oracle.config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return key in config or key in rope or (key == "rope_scaling" and bool(rope))
+def _default(checkpoint: Checkpoint, fact: Fact) -> str:
+    """Return whose default a fact is; empty where the files state it."""
+    stated = checkpoint.states(fact)
+    return "" if stated else checkpoint.defaults.format(key=checkpoint.key(fact))

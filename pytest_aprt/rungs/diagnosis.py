@@ -45,7 +45,12 @@ class Case:
 def diagnose(case: Case) -> str:
     """Return what is wrong in words; without an explanation, the figures that tell most."""
     tests = _LOCAL if case.fits(case.model) else _GLOBAL + _LOCAL
-    return next((found for test in tests if (found := test(case))), _figures(case))
+    return next((found for test in tests if (found := test(case))), figures(case))
+
+
+def misplaced(case: Case) -> str:
+    """Return what no training does to a tensor, in words; empty where it merely holds others."""
+    return next((found for test in _STRUCTURAL if (found := test(case))), "")
 
 
 def _not_finite(c: Case) -> str:
@@ -113,11 +118,12 @@ def _anothers(c: Case) -> str:
     for layer, suffix, theirs in _others(c):
         if not c.fits(c.model, theirs):
             continue
-        name = c.pair.architecture.layer_tensor(layer, suffix)
-        if not c.pair.model_weights.has(layer, suffix):
+        weights = c.pair.model_weights
+        name = weights.stored(layer, suffix)
+        if not weights.has(layer, suffix):
             return f"holds what belongs in {name}"
-        kind = QUANT_TYPES.get(c.pair.gguf.tensors[name].type)
-        partner = replace(c, model=c.pair.model_weights.layer_tensor(layer, suffix),
+        kind = QUANT_TYPES.get(weights.tensors[name].type)
+        partner = replace(c, model=weights.layer_tensor(layer, suffix),
                           bounds=(kind.bound, kind.block_bound) if kind else c.bounds)  # fmt: skip
         if partner.fits(partner.model):
             return f"is swapped with {name}"
@@ -135,7 +141,7 @@ def _others(c: Case) -> Iterator[tuple[int, str, Tensor]]:
             yield c.layer, suffix, tensor
     look = range(min(_LOOK, len(c.oracle)))
     for layer in range(c.pair.graph.n_layers):
-        name = weights.name_in(layer, c.suffix)
+        name = weights.stored(layer, c.suffix)
         if layer != c.layer and c.fits(c.model[: len(look)], oracle.rows(name, look)):
             yield layer, c.suffix, oracle.tensor(name)
 
@@ -211,7 +217,8 @@ def _block(c: Case) -> str:
     return f"has {what}: row {row}, columns {column} to {column + BLOCK - 1} ({said})"
 
 
-def _figures(c: Case) -> str:
+def figures(c: Case) -> str:
+    """Return the figures that tell most of two tensors."""
     model, oracle = c.model.double().flatten(), c.oracle.double().flatten()
     norms = float(model.norm()), float(oracle.norm())
     cosine = float(model @ oracle) / (norms[0] * norms[1]) if all(norms) else math.nan
@@ -232,3 +239,4 @@ _GLOBAL: tuple[Callable[[Case], str], ...] = (
 _LOCAL: tuple[Callable[[Case], str], ...] = (_single_places, _block)
 """What a whole tensor can suffer, and what a row or a block can; the first that explains it all
 is said."""
+_STRUCTURAL = (_not_finite, _constant, _transposed, _rope_permuted, _anothers, _permuted)

@@ -15,11 +15,14 @@ from pytest_aprt.rungs.logits import NEAR_TIE
 if TYPE_CHECKING:
     from pytest_aprt.measure import Finals
     from pytest_aprt.pair import Pair
+    from pytest_aprt.sides import Sides
 
 _VERDICT = "differ: the traced path is not the path that users run"
 
 
-def path_rows(pair: Pair, engine: Any, finals: Sequence[Finals], cosine: float) -> list[Row]:
+def path_rows(
+    pair: Pair | Sides, engine: Any, finals: Sequence[Finals], cosine: float
+) -> list[Row]:
     """Return the path rung, on the prompt where it is worst.
 
     Args:
@@ -39,7 +42,9 @@ def path_rows(pair: Pair, engine: Any, finals: Sequence[Finals], cosine: float) 
     return [next((row for row in rows if row.broken), rows[0])]
 
 
-def _row(pair: Pair, raw: Any, finals: Finals, number: int, exact: bool, cosine: float) -> Row:
+def _row(
+    pair: Pair | Sides, raw: Any, finals: Finals, number: int, exact: bool, cosine: float
+) -> Row:
     name, tokens, vocab = PATH[0], list(finals.prompt.tokens), pair.oracle_facts.vocab
     try:
         found = torch.as_tensor(raw.logits(tokens)).detach().to("cpu", torch.float32)

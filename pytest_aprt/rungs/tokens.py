@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pytest_aprt.checkpoints import GgufCheckpoint
 from pytest_aprt.errors import SourceError
+from pytest_aprt.pair import tokenizer_of
 from pytest_aprt.rungs import TOKENS, Row, judged, unavailable
+from pytest_aprt.rungs.hf_tokens import pair_rows
 from pytest_aprt.rungs.tokenizer import (
     BYTE_LEVEL,
     CONTROL,
@@ -66,16 +69,19 @@ def token_rows(pair: Pair, prompts: Sequence[str]) -> list[Row]:
         pair: the opened model and oracle.
         prompts: the user's.
     """
-    model = GgufTokenizer(pair.gguf.metadata)
-    if not model.kind:
-        return unavailable(TOKENS, "the GGUF holds no tokenizer (tokenizer.ggml.tokens)")
     try:
         oracle = pair.tokenizer
+        if not isinstance(pair.model, GgufCheckpoint):
+            texts = {**PROMPTS, "special": special_prompts(oracle), "user": tuple(prompts)}
+            return pair_rows(tokenizer_of(pair.model.path), oracle, texts)
     except SourceError as error:
         return unavailable(TOKENS, str(error))
+    model = GgufTokenizer(pair.model.file.metadata)
+    if not model.kind:
+        return unavailable(TOKENS, "the GGUF holds no tokenizer (tokenizer.ggml.tokens)")
     sides = _Sides(model, oracle, pair.model_facts.vocab, end_tokens(pair))
     rows = [judge(sides) for judge in _JUDGES]
-    texts = {**PROMPTS, "special": sides.special_prompts, "user": tuple(prompts)}
+    texts = {**PROMPTS, "special": special_prompts(oracle), "user": tuple(prompts)}
     return rows + [sides.prompt_row(name, each) for name, each in texts.items()]
 
 
@@ -87,6 +93,12 @@ def end_tokens(pair: Pair) -> frozenset[int]:
         stated.append(json_object(path).get("eos_token_id"))
     flat = [n for each in stated for n in (each if isinstance(each, list) else [each])]
     return frozenset(n for n in flat if isinstance(n, int))
+
+
+def special_prompts(oracle: Any) -> tuple[str, ...]:
+    """Return texts that hold the oracle's own added tokens."""
+    marks = [str(token) for token in oracle.added_tokens_decoder.values()][:_SPECIAL_TOKENS]
+    return tuple(f"a{mark}b {mark}\n{mark}" for mark in marks)
 
 
 class _Sides:
@@ -123,12 +135,6 @@ class _Sides:
         """Return a token of the model in the oracle's spelling of blanks."""
         text = self.model.texts[number]
         return text if number in self.added else text.replace(" ", "▁")
-
-    @property
-    def special_prompts(self) -> tuple[str, ...]:
-        """Texts that hold the oracle's own added tokens."""
-        marks = [str(token) for token in self.added.values()][:_SPECIAL_TOKENS]
-        return tuple(f"a{mark}b {mark}\n{mark}" for mark in marks)
 
     def prompt_row(self, name: str, texts: Sequence[str]) -> Row:
         """Compare the ids of texts; the first that differs is named."""

@@ -1,10 +1,10 @@
-"""The weights rung: every tensor of the GGUF against the oracle's."""
+"""The weights rung: every tensor of the model against the oracle's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pytest_aprt.matrices import compare
 from pytest_aprt.quants import QUANT_TYPES
-from pytest_aprt.rungs.diagnosis import Case, diagnose
+from pytest_aprt.rungs.diagnosis import Case, diagnose, figures, misplaced
 from pytest_aprt.rungs.distances import Distance, distance_of, moved, summed
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRow:
-    """One tensor of the GGUF against the oracle's.
+    """One tensor of the model against the oracle's.
 
     ``rel_l2`` is ``|dequantised - oracle| / |oracle|``, nan where one side has no such tensor.
+    ``differs`` where it holds other numbers, as after training: no fault, whatever the reason says.
     """
 
     name: str
@@ -36,11 +37,12 @@ class TensorRow:
     rel_l2: float
     bound: float
     reason: str  # why it is broken; empty if it is not
+    differs: bool = False
 
     @property
     def broken(self) -> bool:
-        """Whether the quantisation type does not explain the distance."""
-        return bool(self.reason)
+        """Whether neither the quantisation type nor training explains the distance."""
+        return bool(self.reason) and not self.differs
 
 
 class Watched:
@@ -62,9 +64,7 @@ class Watched:
         self._parts.setdefault(name, []).append(part)
 
     def _stored(self, name: str) -> str:
-        if self._layer is None:
-            return self._pair.model_weights.name_of(name)
-        return self._pair.architecture.layer_tensor(self._layer, name)
+        return self._pair.model_weights.stored(self._layer, name)
 
     def distance(self, name: str) -> Distance | None:
         """Return the distance of a matrix all of whose pieces were seen, else None."""
@@ -81,10 +81,10 @@ def layer_rows(pair: Pair, layer: int, watched: Watched | None = None) -> list[T
     """
     model, oracle = pair.model_weights.layer(layer), pair.oracle_weights.layer(layer)
     rows = []
-    for suffix, gguf_suffix in pair.architecture.layer_tensors.items():
-        name = f"blk.{layer}.{gguf_suffix}"
+    for suffix in pair.architecture.layer_tensors:
+        name = pair.model_weights.stored(layer, suffix)
         if not pair.model_weights.has(layer, suffix):
-            rows.append(_row(pair, name, layer, suffix, math.nan, "is missing in the GGUF"))
+            rows.append(_row(pair, name, layer, suffix, math.nan, "is missing in the model"))
             continue
         seen = None if watched is None else watched.distance(suffix)
         if seen is not None and _is_explained(pair, name, seen):
@@ -104,8 +104,8 @@ def model_rows(pair: Pair, watched: Watched | None = None) -> list[TensorRow]:
     watched = watched or Watched(pair, None)
     rows = []
     for suffix in (EMBEDDING, FINAL_NORM, HEAD):
-        name = pair.model_weights.name_of(suffix)
-        shares_embedding = suffix == HEAD and name == pair.model_weights.name_of(EMBEDDING)
+        name = pair.model_weights.stored(None, suffix)
+        shares_embedding = suffix == HEAD and name == pair.model_weights.stored(None, EMBEDDING)
         if shares_embedding and pair.oracle_facts.tied_embeddings:
             continue  # judged once, as the embedding
         seen = watched.distance(suffix) if suffix == HEAD else None
@@ -119,11 +119,11 @@ def model_rows(pair: Pair, watched: Watched | None = None) -> list[TensorRow]:
         rows.append(_judged(pair, name, None, suffix, _parts(pair, suffix)))
     known = {row.name for row in rows} | set(pair.architecture.parameter_tensors)
     known |= {
-        pair.architecture.layer_tensor(layer, suffix)
-        for layer in range(pair.model_facts.layers)
+        pair.model_weights.stored(layer, suffix)
+        for layer in range(pair.graph.n_layers)
         for suffix in pair.architecture.layer_tensors
     }
-    for name in pair.gguf.tensors:
+    for name in pair.model_weights.tensors:
         if name not in known:
             rows.append(_row(pair, name, None, "", math.nan, "is no tensor of this architecture"))
     return rows
@@ -165,12 +165,16 @@ def _judged(
         return _row(pair, name, layer, suffix, rel_l2)
     _, first, case = suspect
     where = f" (from row {first} on)" if first else ""
-    return _row(pair, name, layer, suffix, rel_l2, f"{diagnose(case)}{where}")
+    if pair.model.kind == "gguf":  # made of the oracle
+        return _row(pair, name, layer, suffix, rel_l2, f"{diagnose(case)}{where}")
+    fault = misplaced(case)
+    row = _row(pair, name, layer, suffix, rel_l2, f"{fault or figures(case)}{where}")
+    return row if fault else replace(row, differs=True)
 
 
 def _bounds(pair: Pair, name: str) -> tuple[float, float]:
     """Return what the tensor's type explains: of the tensor, and of a block."""
-    info = pair.gguf.tensors.get(name)
+    info = pair.model_weights.tensors.get(name)
     kind = QUANT_TYPES.get(info.type) if info else None
     return (kind.bound, kind.block_bound) if kind else (math.inf, math.inf)
 
@@ -178,7 +182,7 @@ def _bounds(pair: Pair, name: str) -> tuple[float, float]:
 def _row(
     pair: Pair, name: str, layer: int | None, suffix: str, rel_l2: float, diagnosis: str = ""
 ) -> TensorRow:
-    info = pair.gguf.tensors.get(name)
+    info = pair.model_weights.tensors.get(name)
     kind = info.type if info else ""
     bound = QUANT_TYPES[kind].bound if kind in QUANT_TYPES else math.nan
     reason = diagnosis

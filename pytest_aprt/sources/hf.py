@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -58,7 +58,7 @@ _FETCHED = (
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Dtypes that widen to float32, or narrow to it, by value -> torch's names; all others are
 quantised or integer."""
 
@@ -72,9 +72,11 @@ _INSTEAD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
+class Entry:
+    """Where a tensor lies and what it is."""
+
     file: Path
-    dtype: str  # safetensors' name: BF16
+    type: str  # safetensors' name: BF16
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
     n_bytes: int
@@ -125,6 +127,11 @@ class HfFolder:
         return cls(source, path)
 
     @property
+    def tensors(self) -> Mapping[str, Entry]:
+        """Where every tensor lies and what it is, by name."""
+        return self._entries
+
+    @property
     def names(self) -> KeysView[str]:
         """Names of all tensors, in the order of the files; works as a set."""
         return self._entries.keys()
@@ -143,7 +150,7 @@ class HfFolder:
         Raises:
             SourceError: no such tensor.
         """
-        return self._entry(name).dtype
+        return self._entry(name).type
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the whole tensor as float32, of ``shape(name)``.
@@ -195,7 +202,7 @@ class HfFolder:
         entry = self._entry(name)
         self._reader(entry).fetch(entry.offset, entry.n_bytes)
 
-    def _reader(self, entry: _Entry) -> Reader:
+    def _reader(self, entry: Entry) -> Reader:
         if entry.file not in self._readers:
             self._readers[entry.file] = Reader(entry.file)
         return self._readers[entry.file]
@@ -222,7 +229,7 @@ class HfFolder:
     ) -> None:
         self.close()
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         try:
             return self._entries[name]
         except KeyError:
@@ -232,13 +239,13 @@ class HfFolder:
         import torch
 
         entry = self._entry(name)
-        if entry.dtype not in _FLOATS:
+        if entry.type not in FLOATS:
             raise SourceError(
                 f"{one_line(entry.file)}: tensor {one_line(name)!r}: expected one of "
-                f"{', '.join(sorted(_FLOATS))}, found {entry.dtype}: name a checkpoint whose "
+                f"{', '.join(sorted(FLOATS))}, found {entry.type}: name a checkpoint whose "
                 f"weights are not quantised"
             )
-        found: torch.dtype = getattr(torch, _FLOATS[entry.dtype])
+        found: torch.dtype = getattr(torch, FLOATS[entry.type])
         return found
 
     def _stored(self, name: str) -> torch.Tensor:
@@ -299,9 +306,9 @@ def _is_below(name: str) -> bool:
     )
 
 
-def _entries(files: list[Path]) -> dict[str, _Entry]:
+def _entries(files: list[Path]) -> dict[str, Entry]:
     """Return the tensors of all files by name, from their headers: no torch is needed for it."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for file in files:
         start, header = _header(file)
         for name in sorted(header.keys() - {"__metadata__"}):
@@ -312,9 +319,9 @@ def _entries(files: list[Path]) -> dict[str, _Entry]:
                 )
             stated = header[name]
             begin, end = stated["data_offsets"]
-            entries[name] = _Entry(
+            entries[name] = Entry(
                 file=file,
-                dtype=stated["dtype"],
+                type=stated["dtype"],
                 shape=tuple(stated["shape"]),
                 offset=start + begin,
                 n_bytes=end - begin,
@@ -330,7 +337,7 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length, header
 
 
-def _check_index(path: Path, files: list[Path], entries: dict[str, _Entry]) -> None:
+def _check_index(path: Path, files: list[Path], entries: dict[str, Entry]) -> None:
     """Check that each shard holds the tensors that the index says it holds."""
     if files == [path / _SINGLE]:
         return

@@ -60,7 +60,7 @@ def gguf(tmp_path_factory):
 
 
 def live(pair, **options):
-    engine = LlamaCpp(pair.gguf.path, pair.model_facts, pair.architecture, options)
+    engine = LlamaCpp(pair.model.path, pair.model_facts, pair.architecture, options)
     return harness.checked(pair, engine)
 
 

@@ -213,7 +213,7 @@ WEIGHT_FAULTS = (
                  tensor(OUT, lambda w: w[:, [*range(64, 256), *range(64)]])),
     weight_fault("not-finite", DOWN, "non-finite values, the first at [5, 0]", "an "
                  "overflowed scale", tensor(DOWN, times((5, 6), float("inf")))),
-    weight_fault("bias-missing", "blk.2.attn_v.bias", "is missing in the GGUF", "biases left out",
+    weight_fault("bias-missing", "blk.2.attn_v.bias", "is missing in the model", "biases left out",
                  lambda file: {"blk.2.attn_v.bias": GONE}),
     weight_fault("embedding-row", "token_embd.weight", "rows that are wrong (all zeros): 500 of",
                  "a token that was added and never trained", tensor("token_embd.weight",

@@ -19,7 +19,7 @@ APR = """#!{python}
 import argparse
 from pathlib import Path
 from pytest_aprt.architectures import ARCHITECTURES
-from pytest_aprt.pair import gguf_facts
+from pytest_aprt.checkpoints import GgufCheckpoint
 from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.sources.gguf import GgufFile
 from pytest_aprt.testing import NumpyEngine
@@ -36,7 +36,7 @@ if asked.file.suffix != ".apr":
     parser.error(f"{{asked.file}}: unknown format")
 start, stop = map(int, asked.save_tensor_layers.split(".."))
 file, row = GgufFile.open(asked.file), ARCHITECTURES["qwen2"]
-facts = gguf_facts(file, row)
+facts = GgufCheckpoint(file, row).facts
 engine = NumpyEngine(GgufWeights(file, row, facts), facts, row)
 for layer, stages in engine.layers([{tokens}]):
     if layer is None or start <= layer < stop:
@@ -90,3 +90,54 @@ def test_a_program_that_fails_is_one_line(start, workers):
     bad = "--aprt-engine-command=apr trace {model} --dump {out}"
     said = one_line(start(bad, *workers))
     assert "apr ended with exit code 2: usage: apr trace" in said
+
+
+# transformers, and two engines
+
+
+def test_a_hugging_face_model_under_test(healthy, pair):
+    given = [f"--aprt-model={pair[1]}", "--aprt-engine-option=dtype=bfloat16"]
+    result = healthy(*given, "-k", "L0 or weights or gate or path or decode")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["PARITY: all 51 points agree *"])
+
+
+def test_weights_that_are_a_hugging_face_model(faulty, pair):
+    result = faulty(f"--aprt-model={pair[1]}", "-k", "L01-ffn_silu or gate")
+    result.assert_outcomes(failed=2, passed=5, xfailed=1, deselected=None)
+    result.stdout.fnmatch_lines(["DIVERGED: first at L01-ffn_silu *"])
+
+
+@pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "-n2"])
+def test_a_device_that_is_not_there_is_one_line(healthy, pair, workers):
+    result = healthy(f"--aprt-model={pair[1]}", "--aprt-device=cuda:99", *workers)
+    assert "--aprt-device=cuda:99: torch " in one_line(result)
+
+
+def test_a_device_that_an_engine_does_not_use_is_one_line(healthy):
+    said = one_line(healthy("--aprt-device=meta"))
+    assert said == (
+        "ERROR: --aprt-device=meta is not valid with the engine builtin: expected "
+        "--aprt-engine=transformers, which runs there"
+    )
+
+
+def test_what_transformers_does_not_load_is_one_line(healthy, pair):
+    result = healthy(f"--aprt-model={pair[1]}", "--aprt-engine-option=dtype=float17")
+    assert "transformers does not load " in one_line(result)
+
+
+def test_one_line_compares_two_engines(faulty, pair):
+    """The model is the faulty engine of conftest.py, the oracle the builtin one."""
+    result = faulty(f"--aprt-oracle={pair[0]}", "-k", "L0 or gate")
+    result.assert_outcomes(failed=2, passed=33, xfailed=18, deselected=None)
+    result.stdout.fnmatch_lines(["DIVERGED: first at L01-ffn_silu *"])
+
+
+def test_an_oracle_of_ones_own(faulty, pair):
+    conftest = faulty.path / "conftest.py"
+    text = conftest.read_text().partition("def pytest_aprt_model")[0]
+    (faulty.path / "old.py").write_text(text)
+    conftest.unlink()
+    result = faulty("--aprt-oracle=python:old:engine", "-k", "L0 or selftest or gate")
+    result.stdout.fnmatch_lines(["INCONCLUSIVE: the self-test 'replay' failed: L01-ffn_silu of *"])
