@@ -44,8 +44,15 @@ def test_a_healthy_model_raises_no_alarm(family, dtype, attention):
     assert live.verdict(result).status == "PARITY"
 
 
-def test_tf32_is_declared(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield
+    matmul.allow_tf32 = before
+
+
+def test_tf32_is_declared(tf32):
     live = Live(folder_of("qwen2"), device="cuda", dtype="float32")
     assert live.engine.arithmetic == "tf32"
     verdict = live.verdict(live.measured(*PROMPTS[1:]))
