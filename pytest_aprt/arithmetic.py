@@ -51,6 +51,14 @@ STORAGE = {
 }
 
 
+_LEFT = {
+    # rounding of an operand: what remains of a product's error when it is emulated
+    "q8_1": 1e-3,  # the float16 sum of a block's inputs meets the minimum of a block of weights
+    "tf32": 1e-4,  # tensor cores cut their sums: 8e-6 to 1.1e-5 of whole products on an H200
+    "tf32_cut": 1e-4,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """How stages are computed: the roundings of products' operands, and what results are kept in.
@@ -71,10 +79,8 @@ class Arithmetic:
     def tolerance(self) -> Tolerance:
         """What local error the arithmetic leaves once the replay has emulated it."""
         tolerance = STORAGE[self.storage]
-        if self.inputs == "q8_1":
-            # The sum of a block's inputs, kept in float16, meets the minimum of a block of weights.
-            return replace(tolerance, base=max(tolerance.base, 1e-3))
-        return tolerance
+        left = (_LEFT.get(operand, 0.0) for operand in (self.inputs, self.queries))
+        return replace(tolerance, base=max(tolerance.base, *left))
 
     def stored(self, storage: str) -> Arithmetic:
         """Return the same with its result kept in another dtype."""

@@ -70,7 +70,7 @@ def test_decoding_and_generation(family, dtype):
 
 
 def test_being_observed_changes_no_bit():
-    live = Live(folder_of("qwen2"), device="cuda", dtype="bfloat16")
+    live = Live(folder_of("qwen2"), device="cuda", dtype="bfloat16", attn_implementation="eager")
     *_, last = live.raw.layers(PROMPTS[1])
     with torch.no_grad():
         plain = live.raw.model(torch.tensor([PROMPTS[1]], device="cuda")).logits[0, -1]
