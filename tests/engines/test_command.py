@@ -188,6 +188,15 @@ def test_a_program_that_takes_too_long_ends_with_its_children(program):
     assert _ends(child)
 
 
+@pytest.fixture
+def interruptible():
+    """In a background job SIGINT is ignored, unless somebody wants it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_program(program, tmp_path):
     script = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT)\n"
     script += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
