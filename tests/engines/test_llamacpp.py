@@ -114,7 +114,7 @@ def test_a_float16_cache_is_told_from_a_fault(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_production_settings_may_be_traced(family):
-    """Flash attention on short prompts sums in float16; repacked weights are multiplied as others."""
+    """Flash attention sums in float16 on short prompts; repacking changes no rounding."""
     pair = pair_of(family)
     engine = live(pair, flash_attn_type=-1, type_k="f16", type_v="f16", use_extra_bufts=True)
     assert engine.arithmetic == "q8,cache=flash"

@@ -169,7 +169,8 @@ IN_THE_FILE = (
     LiveFault(name="bias of K dropped", family="qwen2", rung="weights",
               named=("blk.2.attn_k.bias", "zero"), change=tensor(K_BIAS, np.zeros_like)),
     LiveFault(name="one block's scale doubled", family="qwen2", rung="weights",
-              named=("blk.1.ffn_down.weight", "rows that are wrong: 9 of 256"), change=tensor(DOWN, one_scale_doubled)),
+              named=("blk.1.ffn_down.weight", "rows that are wrong: 9 of 256"),
+              change=tensor(DOWN, one_scale_doubled)),
 )  # fmt: skip
 """The run is given the broken file: the rung that looks at files names it."""
 
