@@ -94,8 +94,9 @@ class Command:
                 f"{name} was stopped after {self._timeout_s:g} s: {tail(str(error.output))}; "
                 "--aprt-engine-timeout gives it longer"
             ) from None
-        except OSError as error:
-            raise EngineError(f"{name} cannot be started: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # a NUL in an argument
+            reason = getattr(error, "strerror", None) or error
+            raise EngineError(f"{name} cannot be started: {reason}") from error
         if code:
             raise EngineError(
                 f"{name} {ending(code)}: {tail(output)} (run as {shlex.join(arguments)})"

@@ -46,7 +46,7 @@ CHANGES = {
 }
 
 _BY_HEAD = ("q_post_rope", "k_post_rope")  # (tokens, heads, channels)
-_CACHES = {0: "float32", 1: "float16", 30: "bfloat16", 8: "q8_0"}  # ggml_type: the profile's name
+_CACHES = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml_type: the profile's name
 
 
 class LlamaCpp:
@@ -78,11 +78,17 @@ class LlamaCpp:
 
     @property
     def arithmetic(self) -> str | None:
-        """8-bit inputs of quantised matmuls; None where the parameters change more than that."""
+        """8-bit inputs of quantised matmuls; None where a parameter changes more than is known.
+
+        A quantised cache does: llama.cpp rotates the keys before it rounds them.
+        """
         p = self.parameters
-        cache = _CACHES.get(int(p["type_k"]))
-        same = p["type_k"] == p["type_v"] and not p["use_extra_bufts"] and not p["flash_attn_type"]
-        if cache is None or not same:
+        cache = _CACHES.get(int(p["type_k"])) if p["type_k"] == p["type_v"] else None
+        if p["flash_attn_type"] and cache in ("float32", "float16"):
+            cache = "flash"  # which makes a float32 cache one of float16
+        elif p["flash_attn_type"]:
+            return None
+        if cache is None:
             return None
         return "q8" if cache == "float32" else f"q8,cache={cache}"
 

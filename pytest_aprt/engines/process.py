@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,13 @@ from typing import IO, cast
 
 from pytest_aprt.errors import EngineError
 
-_SHOWN = 4
-"""Lines of what a failed process printed that its error shows."""
+_SHOWN, _WIDTH = 4, 300
+"""Lines of what a failed process printed that its error shows, and characters of each."""
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]")
+
+_READ = 1 << 16
+"""Bytes of what a process printed last that are read: some print without end."""
 
 
 class Child:
@@ -99,7 +105,7 @@ def finished(
     folder: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Run a program to its end, and return its exit code and what it printed.
+    """Run a program to its end, and return its exit code and what it printed last.
 
     At the limit, and where this process is interrupted, it ends with all its children.
 
@@ -132,7 +138,7 @@ def finished(
 
 
 def _text(printed: IO[bytes]) -> str:
-    printed.seek(0)
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - _READ))
     return printed.read().decode(errors="replace")
 
 
@@ -147,6 +153,8 @@ def ending(code: int) -> str:
 
 
 def tail(text: str, lines: int = _SHOWN) -> str:
-    """Return the last lines that a process printed, as one."""
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(found[-lines:]) or "it printed nothing"
+    """Return the last lines that a process printed, as one, without what would move a cursor."""
+    plain = (_CONTROL.sub(" ", line).strip() for line in text.splitlines())
+    found = [line for line in plain if line][-lines:]
+    short = (line if len(line) <= _WIDTH else f"{line[:_WIDTH]} ..." for line in found)
+    return " | ".join(short) or "it printed nothing"

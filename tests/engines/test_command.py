@@ -16,7 +16,8 @@ from harness import FIXTURES, TOKENS, fixture_pair, verdict_of
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines.command import Command, values_of
 from pytest_aprt.engines.command_line import PLACEHOLDERS, CommandLine
-from pytest_aprt.errors import EngineError, SettingsError
+from pytest_aprt.engines.process import finished
+from pytest_aprt.errors import EngineError, SettingsError, SourceError
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
@@ -157,6 +158,56 @@ def test_a_program_that_crashes(program):
     assert "was ended by SIGSEGV: it printed nothing" in text
 
 
+NOISY = {
+    # what a program may print: what its error shows of it
+    "bytes that are no text": (
+        r"b'\xff bad \x00 nul \x1b[31mred\n'",
+        "\ufffd bad   nul  red (run as",
+    ),
+    "a line without end": ("b'y' * 10_000_000", f"{'y' * 300} ... (run as"),
+    "lines without end": (
+        "b'loading\\n' * 5_000_000",
+        "loading | loading | loading | loading (run",
+    ),
+}
+
+
+@pytest.mark.parametrize("printed", NOISY)
+def test_what_is_printed_is_cut_to_one_plain_line(program, printed):
+    said, shown = NOISY[printed]
+    text = failure(program(f"import sys; sys.stdout.buffer.write({said}); sys.exit(1)"))
+    assert f"ended with exit code 1: {shown}" in text
+    assert text.isprintable() and len(text) < 2000
+
+
+def test_little_of_a_long_output_is_read():
+    script = "import sys; sys.stdout.write('x' * 10_000_000)"
+    code, output = finished([sys.executable, "-c", script], 60)
+    assert (code, len(output)) == (0, 1 << 16)
+
+
+def test_an_argument_that_no_program_can_be_given(program):
+    text = failure(program("", "{out} a\0b"))
+    assert text.endswith("cannot be started: embedded null byte")
+
+
+def test_a_tensor_that_was_not_finished(program):
+    script = "import os, sys; os.mkdir(sys.argv[1] + '/layer-0'); "
+    script += "open(sys.argv[1] + '/layer-0/ffn_up.bin', 'wb').write(b'APRT' + bytes(12))"
+    with pytest.raises(SourceError, match=r"layer-0/ffn_up\.bin: expected "):
+        list(program(script).layers(TOKENS))
+
+
+def test_a_part_of_the_stages_is_judged_and_the_rest_is_missing(pair, program, dumped):
+    for path in dumped.rglob("*.bin"):
+        if path.stem not in ("ffn_gate", "ffn_silu", "post_ffn_residual"):
+            path.unlink()
+    verdict = verdict_of(pair, program(COPY, f"{{out}} {dumped}"))
+    assert harness.origins_of(verdict) == ["L01-ffn_silu"]
+    missing = [judged for judged in verdict.points if judged.status == "missing"]
+    assert len(missing) == len(verdict.points) - 12
+
+
 def test_a_program_that_writes_no_dump(program):
     text = failure(program("print('saved to elsewhere')"))
     assert "ended well, but wrote no dump to {out}: " in text
@@ -188,6 +239,15 @@ def test_a_program_that_takes_too_long_ends_with_its_children(program):
     assert _ends(child)
 
 
+@pytest.fixture
+def interruptible():
+    """In a background job SIGINT is ignored, unless somebody wants it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_program(program, tmp_path):
     script = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT)\n"
     script += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"

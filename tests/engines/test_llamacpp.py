@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import struct
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +10,8 @@ from functools import cache
 import harness
 import numpy as np
 import pytest
-from harness import FIXTURES, TOKENS, fixture_pair, origins_of, verdict_of
+from faults.live import IN_THE_ENGINE, IN_THE_FILE, plant
+from harness import FIXTURES, TOKENS, fixture_pair, verdict_of
 
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines.llamacpp import CHANGES, EXACT, LlamaCpp
@@ -20,7 +19,6 @@ from pytest_aprt.errors import EngineError, SettingsError
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.path import path_rows
-from pytest_aprt.sources.gguf import GgufFile
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
@@ -114,6 +112,20 @@ def test_a_float16_cache_is_told_from_a_fault(family):
         assert verdict.status == "QUANTISATION_NOISE", verdict.summary
 
 
+@pytest.mark.parametrize(("family", "kind"), [*((f, "Q4_K_M") for f in FAMILIES), ("qwen2", "F16")])
+def test_production_settings_may_be_traced(gguf, family, kind):
+    """Flash attention sums in float16 on short prompts; repacking changes no rounding.
+
+    One token's attention is a row of V in float16, so `attn_out` of an F16 file is exact there.
+    """
+    pair = pair_of(family, gguf(family, kind))
+    engine = live(pair, flash_attn_type=-1, type_k="f16", type_v="f16", use_extra_bufts=True)
+    assert engine.arithmetic == "q8,cache=flash"
+    prompts = [tokens_of(length) for length in (1, 7, 20, 100)]
+    verdict = verdict_of(pair, engine, *prompts, profile=engine.arithmetic)
+    assert verdict.status in ("PARITY", "QUANTISATION_NOISE"), verdict.summary
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_steps_agree_with_the_prefill(family):
     pair = pair_of(family)
@@ -148,76 +160,18 @@ def test_the_parameters_are_told():
 # Faults
 
 
-def test_a_wrong_rope_base_in_a_context_parameter():
-    pair = pair_of()
-    verdict = verdict_of(pair, live(pair, rope_freq_base=10_000))
-    assert verdict.status == "DIVERGED"
-    assert origins_of(verdict) == [
-        f"L0{layer}-{part}_post_rope" for layer in range(4) for part in "qk"
-    ]
+@pytest.mark.parametrize(
+    "fault", [*IN_THE_ENGINE, *IN_THE_FILE], ids=lambda f: f"{f.rung}-{f.name}"
+)
+def test_a_fault_is_named(fault, tmp_path):
+    """At its stage, and no other; or by the rung that looks at the file."""
+    found = plant(fault, tmp_path)
+    assert found.right, found.verdict.summary
 
 
-def test_positions_scaled_in_a_context_parameter():
-    pair = pair_of("llama")
-    verdict = verdict_of(pair, live(pair, rope_freq_scale=0.5))
-    assert origins_of(verdict)[:2] == ["L00-q_post_rope", "L00-k_post_rope"]
-
-
-@pytest.fixture
-def broken(tmp_path):
-    """Changes a copy of a family's fixture: ``change(data, file)``, data a bytearray."""
-
-    def make(family, change):
-        path = shutil.copy(FIXTURES / f"tiny-{family}" / "q4_k_m.gguf", tmp_path / "broken.gguf")
-        data = bytearray(path.read_bytes())
-        with GgufFile.open(path) as file:
-            change(data, file)
-        path.write_bytes(data)
-        return pair_of(family, path)
-
-    return make
-
-
-def test_a_llama_file_without_the_permutation_of_q_and_k(broken):
-    def change(data, file):
-        for name, tensor in file.tensors.items():
-            heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
-            if heads:
-                part = slice(tensor.offset, tensor.offset + tensor.n_bytes)
-                rows = np.frombuffer(bytes(data[part]), np.uint8)
-                pairs = rows.reshape(heads, 32, 2, -1)  # 64 channels a head
-                data[part] = np.ascontiguousarray(pairs.swapaxes(1, 2)).tobytes()
-
-    pair = broken("llama", change)
-    verdict = verdict_of(pair, live(pair))
-    assert verdict.status == "DIVERGED"
-    assert verdict.rung == "weights"
-    assert "blk.0.attn_q.weight" in verdict.summary
-
-
-def test_two_tensors_swapped(broken):
-    def change(data, file):
-        a, b = (file.tensors[f"blk.{layer}.attn_q.weight"] for layer in (0, 1))
-        left, right = (slice(t.offset, t.offset + t.n_bytes) for t in (a, b))
-        data[left], data[right] = data[right], data[left]
-
-    pair = broken("qwen2", change)
-    verdict = verdict_of(pair, live(pair))
-    assert (verdict.status, verdict.rung) == ("DIVERGED", "weights")
-    assert "blk.0.attn_q.weight" in verdict.summary
-
-
-def test_a_wrong_eps_in_the_metadata(broken):
-    def change(data, file):
-        key = b"qwen2.attention.layer_norm_rms_epsilon"
-        place = data.index(key) + len(key) + 4  # behind the value's type
-        assert struct.unpack_from("<f", data, place)[0] == pytest.approx(1e-6)
-        struct.pack_into("<f", data, place, 1e-2)
-
-    pair = broken("qwen2", change)
-    verdict = verdict_of(pair, live(pair))
-    assert (verdict.status, verdict.rung) == ("DIVERGED", "config")
-    assert "norm_eps" in verdict.summary
+def test_the_stages_behind_a_wrong_eps_follow_from_the_file(tmp_path):
+    (fault,) = (f for f in IN_THE_FILE if f.name == "eps")
+    verdict = plant(fault, tmp_path).verdict
     (norm,) = (judged for judged in verdict.points if str(judged.point) == "L00-attn_norm")
     assert norm.status == "inherited"
     assert norm.errors.worst.excess > 1

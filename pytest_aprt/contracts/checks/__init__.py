@@ -69,8 +69,9 @@ CHECKS = {
         **_BOUNDS, "path": Setting(s.text, REQUIRED),
     }, "a number of report.json is within bounds, such as run.peak_rss_bytes"),
     "everything_judged": Check("points", "report", {
-        "at_least": Setting(s.count, 1),
-    }, "every point of the model was compared, on every prompt, and the self-test passed"),
+        "at_least": Setting(s.count, 1), "fused": Setting(s.stages),
+    }, "every point of the model was compared, on every prompt, and the self-test passed; stages "
+       "that engines fuse with the next one may be missing, which is then judged across them"),
     "single_transition": Check("transitions", "model", {
         "stages": Setting(s.sequence, REQUIRED), "threshold": Setting(s.number, 0.999),
         "error": Setting(s.one_of(*ERRORS), "total"), **_PLANT, "plant": Setting(s.text),

@@ -150,11 +150,21 @@ def report_bound(
     return Finding(held=held, detail=detail, values={path: plain(number)})
 
 
-def everything_judged(subject: Subject, *, at_least: int) -> Finding:
-    """Refuse silent empties: no point unjudged, no prompt left out, no self-test failed."""
+def everything_judged(subject: Subject, *, at_least: int, fused: list[str] | None) -> Finding:
+    """Refuse silent empties: no point unjudged, no prompt left out, no self-test failed.
+
+    A ``fused`` stage may be missing: the replay of the next one, which must be judged, spans it.
+    """
     report = subject.report
     points, prompts = report["points"], len(report["run"]["prompts"])
-    unjudged = [p["point"] for p in points if p["status"] in ("missing", "inconclusive")]
+    fused_away = [
+        p["point"] for p in points if p["status"] == "missing" and p["stage"] in (fused or ())
+    ]
+    unjudged = [
+        p["point"]
+        for p in points
+        if p["status"] in ("missing", "inconclusive") and p["point"] not in fused_away
+    ]
     short = [p["point"] for p in points if len(p["prompts"]) != prompts]
     empty = [p["point"] for p in points if not math.prod(p["shape"])]
     failed = [t["name"] for t in report["self_test"] if not t["passed"]]
@@ -168,13 +178,14 @@ def everything_judged(subject: Subject, *, at_least: int) -> Finding:
         )
         if names
     ]
-    if len(points) < at_least:
-        problems.append(f"{len(points)} points, expected at least {at_least}")
+    judged = len(points) - len(fused_away)
+    if judged < at_least:
+        problems.append(f"{judged} points, expected at least {at_least}")
     if not report["self_test"]:
         problems.append("no self-test ran")
     detail = "; ".join(problems) or (
-        f"{len(points)} points judged on {prompts} prompts, {len(report['self_test'])} self-tests"
+        f"{judged} points judged on {prompts} prompts, {len(report['self_test'])} self-tests"
+        + (f"; the engine fuses {', '.join(fused_away)}" if fused_away else "")
     )
-    return Finding(
-        held=not problems, detail=detail, values={"points": len(points), "unjudged": len(unjudged)}
-    )
+    values = {"points": len(points), "unjudged": len(unjudged), "fused": len(fused_away)}
+    return Finding(held=not problems, detail=detail, values=values)

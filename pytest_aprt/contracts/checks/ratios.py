@@ -26,7 +26,7 @@ def stage_ratio(
     statistic: str,
     within: tuple[float, float],
 ) -> Finding:
-    """Bound the ratio at every chosen point on every prompt, in float64."""
+    """Bound the ratio at every chosen point that is shown, on every prompt, in float64."""
     report, of = subject.report, STATISTICS[statistic]
     ratios: list[tuple[float, str, int]] = []
     for prompt in range(len(report["run"]["prompts"])):
@@ -34,6 +34,8 @@ def stage_ratio(
         for point in chosen(report, stages, layers):
             name = point["point"]
             if name not in model or name not in oracle:
+                if stages is None and point["status"] == "missing":
+                    continue
                 raise BlockedError(f"the model shows nothing of {name}")
             a, b = model[name].astype(np.float64), oracle[name].astype(np.float64)
             if point["stage"] == "attn_scores":  # engines fill the masked half as they like
@@ -41,6 +43,8 @@ def stage_ratio(
                 a, b = a[..., seen], b[..., seen]
             with np.errstate(all="ignore"):
                 ratios.append((float(of(a) / of(b)), name, prompt))
+    if not ratios:
+        raise BlockedError("the model shows nothing of the chosen layers")
     low, high = within
     broken = [r for r in ratios if not low <= r[0] <= high]
     with np.errstate(all="ignore"):
