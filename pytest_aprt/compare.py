@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -179,70 +179,73 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
         tolerance: bound on ``|model - reference| / scale`` of every slice; an element's doubt
             is taken off its error first.
     """
-    worst = _judged(model, reference, view, tolerance, reference.value)
+    worst = _judged(model, reference, view, tolerance, None)
     if worst is None or worst.excess <= QUIET:
         return worst
     return _judged(model, reference, view, tolerance, reference.response / FLOAT32_ULP)
 
 
 def _judged(
-    model: Tensor, reference: Reference, view: View, tolerance: Tolerance, response: Tensor
+    model: Tensor, reference: Reference, view: View, tolerance: Tolerance, response: Tensor | None
 ) -> Slice | None:
-    used, _, x, y, r = _usable(view, *map(view, (model, reference.value, response)))
+    sides = (model, reference.value) if response is None else (model, reference.value, response)
+    used, _, x, y, *others = _usable(view, *map(view, sides))
     if used is not None and not bool(used.any()):
         return None
     error = x - y
     if reference.doubt is not None:
         error = (error.abs() - view(reference.doubt)).clamp(min=0.0)
         error = error if used is None else error.where(used, 0.0)
-    sums = _Squares(
-        error=error.square(),
-        value=y.square(),
-        response=r.square(),
-        elements=torch.ones_like(y) if used is None else used.double(),
-    )
-    slices = [_worst("all", sums.over(lambda v: v.sum()[None]), tolerance, view)]
-    for axis in view.stage.slices:
-        slices.append(_worst(axis, sums.over(_summed(axis, view)), tolerance, view))
-    return max(slices, key=lambda s: s.excess)
-
-
-class _Squares(NamedTuple):
-    """Squared error, value and response in ulps, and how many elements, of every slice."""
-
-    error: Tensor
-    value: Tensor
-    response: Tensor
-    elements: Tensor
-
-    def over(self, summed: Callable[[Tensor], Tensor]) -> _Squares:
-        return _Squares(*map(summed, self))
-
-
-def _summed(axis: str, view: View) -> Callable[[Tensor], Tensor]:
-    """Return what sums a view over everything but ``axis``."""
-    if axis == "part":
-        return lambda v: torch.stack([v[:, part].sum() for _, part in view.parts()])
-    others = [i for i, name in enumerate(view.stage.axes) if name != axis]
-    return lambda v: v.sum(dim=others) if others else v
-
-
-def _worst(axis: str, sums: _Squares, tolerance: Tolerance, view: View) -> Slice:
-    error, value, response, elements = sums
+    squared, value, *responses = (_sums(v.square(), view) for v in (error, y, *others))
+    elements = _elements(view, x.shape) if used is None else _sums(used.double(), view)
     bound = tolerance.base * (1 + tolerance.spread / elements.clamp(min=1.0).sqrt())
     floor = elements * (_SMALLEST_NORMAL / bound) ** 2
-    scale = torch.maximum(torch.maximum(value, response), floor).sqrt()
-    excess = error.sqrt() / (bound * scale)
-    excess = excess.where(error > 0, 0.0)
-    index = int(excess.argmax())
-    norm = float(value[index].sqrt())
+    scale = torch.stack([value, floor, *responses]).amax(0).sqrt()
+    excess = (squared.sqrt() / (bound * scale)).where(squared > 0, 0.0)
+    worst = int(excess.argmax())
+    axis, index = _slice_at(worst, view, x.shape)
+    norm = float(value[worst].sqrt())
     return Slice(
         axis=axis,
         index=None if axis == "all" else view.place(axis, index),
-        rel_l2=_ratio(float(error[index].sqrt()), norm),
-        tolerance=_ratio(float(bound[index] * scale[index]), norm),
-        excess=float(excess[index]),
+        rel_l2=_ratio(float(squared[worst].sqrt()), norm),
+        tolerance=_ratio(float(bound[worst] * scale[worst]), norm),
+        excess=float(excess[worst]),
     )
+
+
+def _slice_at(place: int, view: View, shape: Sequence[int]) -> tuple[str, int]:
+    """Return axis and index of a slice in the order of ``_sums``."""
+    counts = {"part": len(view.parts()), **dict(zip(view.stage.axes, shape, strict=True))}
+    for axis in view.stage.slices:
+        if 0 < place <= counts[axis]:
+            return axis, place - 1
+        place -= counts[axis]
+    return "all", 0
+
+
+def _sums(values: Tensor, view: View) -> Tensor:
+    """Return the sum of every slice of a view: the whole, then every index of every axis."""
+    found = []
+    for axis in view.stage.slices:
+        if axis == "part":
+            found.append(torch.stack([values[:, part].sum() for _, part in view.parts()]))
+            continue
+        others = [i for i, name in enumerate(view.stage.axes) if name != axis]
+        found.append(values.sum(dim=others) if others else values)
+    return torch.cat([found[0].sum()[None] if found else values.sum()[None], *found])
+
+
+def _elements(view: View, shape: Sequence[int]) -> Tensor:
+    """Return how many elements every slice has, in the order of ``_sums``."""
+    whole, sizes = math.prod(shape), dict(zip(view.stage.axes, shape, strict=True))
+    counts = [whole]
+    for axis in view.stage.slices:
+        if axis == "part":
+            counts += [shape[0] * (part.stop - part.start) for _, part in view.parts()]
+        else:
+            counts += [whole // max(sizes[axis], 1)] * sizes[axis]
+    return torch.tensor(counts, dtype=torch.float64)
 
 
 def _ratio(a: float, b: float) -> float:

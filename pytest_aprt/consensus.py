@@ -39,12 +39,17 @@ class Reading:
     @property
     def explains(self) -> bool:
         """Whether nothing but rounding is left."""
-        return self.worst is None or self.worst.excess <= 1
+        return explains(self.worst)
 
     @property
     def undoubted(self) -> float:
         """The worst slice's relative error, without what lies on the edge of two roundings."""
         return 0.0 if self.worst is None else self.worst.excess * self.arithmetic.tolerance.base
+
+
+def explains(worst: Slice | None) -> bool:
+    """Return whether a point's worst slice leaves nothing but rounding."""
+    return worst is None or worst.excess <= 1
 
 
 def group_of(point: Point, bracket: Sequence[Point]) -> Group:

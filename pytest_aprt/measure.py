@@ -19,7 +19,7 @@ from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import TOP_DIFFS, Metrics, Slice, View, judge, measure
-from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
+from pytest_aprt.consensus import Group, Reading, Tally, explains, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Watch, compute_threads, together
@@ -312,7 +312,7 @@ def _readings(
     group = group_of(point, bracket)
     kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
     exact, *others = replays.profile.arithmetics(kinds)
-    first = _reading(point, value, replays, view, exact)
+    first = _reading(point, value, replays, view, exact, only_explaining=False)
     assert first is not None  # the exact arithmetic has no blocks
     votes = not replays.stood_in(point)
     if first.explains:
@@ -320,15 +320,14 @@ def _readings(
         return (first,)
     leaders = [a for a in replays.tally.leaders(group) if a in others]
     led = [_reading(point, value, replays, view, arithmetic) for arithmetic in leaders]
-    if leaders and all(reading is not None and reading.explains for reading in led):
+    if leaders and all(led):
         return first, *(reading for reading in led if reading is not None)
     dtype = next((d for d in ("bfloat16", "float16") if fits(value, d)), "float32")
     found = [
         reading
         for arithmetic in others
-        if arithmetic.storage in ("float32", dtype)
+        if arithmetic.storage == dtype
         and (reading := _reading(point, value, replays, view, arithmetic)) is not None
-        and reading.explains
         and _is_far_better(reading, first, across=bool(bracket))
     ]
     replays.tally.add(group, found if votes else ())
@@ -336,17 +335,23 @@ def _readings(
 
 
 def _reading(
-    point: Point, value: Tensor, replays: BridgedReplay, view: View, arithmetic: Arithmetic
+    point: Point,
+    value: Tensor,
+    replays: BridgedReplay,
+    view: View,
+    arithmetic: Arithmetic,
+    *,
+    only_explaining: bool = True,
 ) -> Reading | None:
     try:
         reference = replays.reference(point, arithmetic)
     except UnfitError:
         return None
-    return Reading(
-        arithmetic=arithmetic,
-        local=measure(value, reference.value, view, TOP_DIFFS, pictured=True),
-        worst=judge(value, reference, view, arithmetic.tolerance),
-    )
+    worst = judge(value, reference, view, arithmetic.tolerance)
+    if only_explaining and not explains(worst):
+        return None
+    local = measure(value, reference.value, view, TOP_DIFFS, pictured=True)
+    return Reading(arithmetic=arithmetic, local=local, worst=worst)
 
 
 def _is_far_better(reading: Reading, exact: Reading, *, across: bool) -> bool:

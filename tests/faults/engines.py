@@ -19,9 +19,13 @@ from pytest_aprt.testing import Array
 
 def bfloat16(x: Array) -> Array:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    to_even = ((bits >> 16) & 1) + np.uint32(0x7FFF)
-    rounded = ((bits + to_even) & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.where(np.isfinite(x), rounded, x)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += np.uint32(0x7FFF)  # half a step, less one where the kept bits are even
+    rounded += bits
+    rounded &= np.uint32(0xFFFF0000)
+    finite = np.isfinite(x)
+    return rounded.view(np.float32) if finite.all() else np.where(finite, rounded.view(np.float32), x)
 
 
 def float16(x: Array) -> Array:
