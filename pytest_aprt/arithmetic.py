@@ -7,7 +7,7 @@ so it offers some arithmetics to every kind of stage. Data only: ``rounding`` ha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from pytest_aprt.errors import SettingsError
 
@@ -51,6 +51,9 @@ STORAGE = {
 }
 
 
+_EXACT = ("none", "float32")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """How stages are computed: the roundings of products' operands, and what results are kept in.
@@ -75,6 +78,12 @@ class Arithmetic:
             # The sum of a block's inputs, kept in float16, meets the minimum of a block of weights.
             return replace(tolerance, base=max(tolerance.base, 1e-3))
         return tolerance
+
+    @property
+    def roundings(self) -> frozenset[tuple[str, str]]:
+        """What is rounded, and how; empty where nothing is."""
+        values = ((f.name, str(getattr(self, f.name))) for f in fields(self) if f.name != "name")
+        return frozenset((name, value) for name, value in values if value not in _EXACT)
 
     def stored(self, storage: str) -> Arithmetic:
         """Return the same with its result kept in another dtype."""
@@ -103,8 +112,10 @@ _PROJECTIONS = _named(
     Arithmetic(name="q8_1", inputs="q8_1"),
     Arithmetic(name="float16 operands", inputs="float16", weights="float16"),
     Arithmetic(name="float16 inputs", inputs="float16"),
+    Arithmetic(name="float16 weights", weights="float16"),
     Arithmetic(name="bfloat16 operands", inputs="bfloat16", weights="bfloat16"),
     Arithmetic(name="bfloat16 inputs", inputs="bfloat16"),
+    Arithmetic(name="bfloat16 weights", weights="bfloat16"),
     Arithmetic(name="tf32", inputs="tf32", weights="tf32"),
     Arithmetic(name="truncated tf32", inputs="tf32_cut", weights="tf32_cut"),
 )
@@ -177,9 +188,9 @@ PROFILES = {
                 storage=("bfloat16", "float16")),
         Profile(name="float32"),
         Profile(name="float16", attention=_CACHES["float16"], storage=("float16",),
-                projections=("float16 operands", "float16 inputs")),
+                projections=("float16 operands", "float16 inputs", "float16 weights")),
         Profile(name="bfloat16", attention=_CACHES["bfloat16"], storage=("bfloat16",),
-                projections=("bfloat16 operands", "bfloat16 inputs")),
+                projections=("bfloat16 operands", "bfloat16 inputs", "bfloat16 weights")),
         Profile(name="tf32", projections=_TF32, attention=tuple(f"{n} attention" for n in _TF32)),
         *(Profile(name=name, projections=(name,)) for name in _EIGHT_BIT),
     )

@@ -25,7 +25,8 @@ _ENOUGH = 3
 """Points of a stage that are read in every arithmetic before the leading one is tried first."""
 
 _LEAST_SUPPORT = 2
-"""Points of a run that an arithmetic must explain; one alone may be a fault that looks like it."""
+"""Points of a run that each rounding of an arithmetic must help to explain; one alone may be a fault
+that looks like it. The head is one point: it is read by what rounds elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,15 @@ class Tally:
     """Counts, group by group, which arithmetics explain what the exact one does not."""
 
     _groups: dict[Group, list[Sequence[Reading]]] = field(default_factory=lambda: defaultdict(list))
-    _support: Counter[str] = field(default_factory=Counter)
+    _support: Counter[tuple[str, str]] = field(default_factory=Counter)
     _known: dict[str, Arithmetic] = field(default_factory=dict)
 
     def add(self, group: Group, explaining: Sequence[Reading]) -> None:
         """Take in all that explain one point."""
         if explaining:
             self._groups[group].append(explaining)
+        self._support.update({r for reading in explaining for r in reading.arithmetic.roundings})
         for reading in explaining:
-            self._support[reading.arithmetic.name] += 1
             self._known.setdefault(reading.arithmetic.name, reading.arithmetic)
 
     def leaders(self, group: Group) -> list[Arithmetic]:
@@ -92,13 +93,14 @@ class Tally:
             for reading in explaining:
                 count[reading.arithmetic.name] += 1
                 error[reading.arithmetic.name] += reading.local.rel_l2
-        fit = [name for name in count if self._support[name] >= _LEAST_SUPPORT]
-        if EXACT.name in count:
-            fit.append(EXACT.name)
+        fit = [name for name in count if self._is_supported(self._known[name])]
         if not fit:
             return EXACT
         best = min(fit, key=lambda name: (-count[name], name != EXACT.name, error[name]))
         return self._known[best]
+
+    def _is_supported(self, arithmetic: Arithmetic) -> bool:
+        return all(self._support[r] >= _LEAST_SUPPORT for r in arithmetic.roundings)
 
     def arithmetics(self) -> dict[Group, Arithmetic]:
         """Return the arithmetic of every group of which a point was explained."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
 from pytest_aprt.rungs.config import fact_rows
+from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.stages import STAGES
 from pytest_aprt.testing import NumpyEngine
 from pytest_aprt.verdict import Threshold, Verdict, conclude
@@ -56,6 +59,26 @@ def verdict_of(
     result = measure_pair(pair, engine, asked, points, profile_named(profile))
     facts = fact_rows(pair, max(len(prompt.tokens) for prompt in asked))
     return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
+
+
+def written(engine, folder: Path, tokens: tuple[int, ...] = TOKENS) -> Path:
+    """Write an engine's run as other tools do, without a manifest."""
+    for layer, stages in engine.layers(tokens):
+        for name, value in stages.items():
+            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
+            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
+    return folder
+
+
+class Changed:
+    """An engine whose captures are changed on their way out: ``change(layer, stages)``."""
+
+    def __init__(self, engine, change) -> None:
+        self._engine, self._change = engine, change
+
+    def layers(self, tokens):
+        for layer, stages in self._engine.layers(tokens):
+            yield layer, self._change(layer, dict(stages))
 
 
 def origins_of(verdict: Verdict) -> list[str]:

@@ -9,7 +9,16 @@ import pytest
 from faults.corpus import FAULTS, Fault
 from faults.engines import ARITHMETICS
 from faults.score import tokens_of
-from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of
+from harness import (
+    TOKENS,
+    builtin,
+    checked,
+    faulty,
+    fixture_pair,
+    origins_of,
+    verdict_of,
+    written,
+)
 
 from pytest_aprt.dump import DumpRunner, kept_in
 from pytest_aprt.dump_checks import CheckedDump
@@ -20,7 +29,6 @@ from pytest_aprt.positions import READS_ALL, token_axis
 from pytest_aprt.run import run
 from pytest_aprt.settings import read_settings
 from pytest_aprt.sides import open_sides
-from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.totals import run_totals
 
 LAST = TOKENS[-1:]
@@ -204,15 +212,6 @@ def settings_on(pair, model, oracle=None, weights=True):
 
 def quiet(what, done, total):
     pass
-
-
-def written(engine, folder):
-    """Write an engine's run as other tools do, without a manifest."""
-    for layer, stages in engine.layers(TOKENS):
-        for name, value in stages.items():
-            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
-            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
-    return folder
 
 
 def test_a_dump_of_the_last_position(pair, tmp_path):

@@ -25,7 +25,9 @@ def bfloat16(x: Array) -> Array:
     rounded += bits
     rounded &= np.uint32(0xFFFF0000)
     finite = np.isfinite(x)
-    return rounded.view(np.float32) if finite.all() else np.where(finite, rounded.view(np.float32), x)
+    return (
+        rounded.view(np.float32) if finite.all() else np.where(finite, rounded.view(np.float32), x)
+    )
 
 
 def float16(x: Array) -> Array:
