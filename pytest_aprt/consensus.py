@@ -25,8 +25,8 @@ _ENOUGH = 3
 """Points of a stage that are read in every arithmetic before the leading one is tried first."""
 
 _LEAST_SUPPORT = 2
-"""Points of a run that each rounding of an arithmetic must help to explain; one alone may be a fault
-that looks like it. The head is one point: it is read by what rounds elsewhere."""
+"""Points of a run that each rounding of an arithmetic must help to explain; one alone may be a
+fault that looks like it. The head is one point: it is read by what rounds elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
