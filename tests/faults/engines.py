@@ -6,6 +6,7 @@ transformers' own modules in a half-precision dtype, with that library's kernels
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -135,6 +136,11 @@ class Hiding:
             yield layer, {n: v for n, v in stages.items() if self._shown(layer, n)}
 
 
+def some(seed: int) -> Callable[[int | None, str], bool]:
+    """Half of all points, chosen by chance."""
+    return lambda layer, name: zlib.crc32(f"{seed} {layer} {name}".encode()) % 2 == 0
+
+
 SUBSETS: dict[str, Callable[[int | None, str], bool]] = {
     # what an engine may expose: the stages of a layer by name
     "no-scores": lambda layer, name: name not in ("attn_scores", "attn_softmax"),
@@ -144,4 +150,5 @@ SUBSETS: dict[str, Callable[[int | None, str], bool]] = {
     "attention-outputs": lambda layer, name: name in ("embedding", "attn_out", "lm_head"),
     "odd-layers": lambda layer, name: layer is None or layer % 2 == 1,
     "ends": lambda layer, name: layer is None or name == "embedding",
+    **{f"half-of-all-{seed}": some(seed) for seed in range(3)},
 }

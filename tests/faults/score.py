@@ -172,6 +172,16 @@ def fault_cases() -> Iterator[Case]:
 UNSEEN_FROM_OUTSIDE = {"rope-off-by-one"}
 
 
+def exposed(pair: Pair, fault: Fault, shown: Callable[[int | None, str], bool]) -> set[Point]:
+    """Return the points at which a fault becomes visible."""
+    expected: set[Point] = set()
+    for planted in (Point(fault.layer, stage) for stage in fault.changes):
+        after = [p for p in pair.graph.points if p == planted or planted in pair.graph.ancestors(p)]
+        after = [p for p in after if shown(p.layer, p.stage)]
+        expected |= {p for p in after if not pair.graph.ancestors(p) & set(after)}
+    return expected
+
+
 def run_hidden(
     family: str, name: str, arithmetic: str, subset: str
 ) -> tuple[str, float | None, str]:
@@ -180,11 +190,7 @@ def run_hidden(
     fault = next(fault for fault in FAULTS if fault.name == name)
     engine = faulty(pair, fault, **ARITHMETICS[arithmetic])
     verdict = verdict_of(pair, checked(pair, Hiding(engine, shown)))
-    expected: set[Point] = set()
-    for planted in (Point(fault.layer, stage) for stage in fault.changes):
-        after = [p for p in pair.graph.points if p == planted or planted in pair.graph.ancestors(p)]
-        after = [p for p in after if shown(p.layer, p.stage)]
-        expected |= {p for p in after if not pair.graph.ancestors(p) & set(after)}
+    expected = exposed(pair, fault, shown)
     found = {judged.point for judged in verdict.origins}
     if found == expected:
         return "found", None, ""
@@ -211,13 +217,13 @@ def size_from_outside(verdict: Verdict, points: set[Point], engine: Any, clean: 
 
 
 def hidden_cases() -> Iterator[Case]:
-    subsets = ("layer-outputs", "no-scores", "residuals")
+    subsets = ("layer-outputs", "no-scores", "residuals", *(f"half-of-all-{n}" for n in range(3)))
     for i, fault in enumerate(f for f in FAULTS if f.layer != -1):
         families = [f for f in FAMILIES if fault.needs(cached_pair(f))]
         if fault.name in UNSEEN_FROM_OUTSIDE:
             continue
         for k, arithmetic in enumerate(("float32", "q8_k")):
-            family, subset = families[(i + k) % len(families)], subsets[(i // 2 + k) % 3]
+            family, subset = families[(i + k) % len(families)], subsets[(i // 2 + k) % len(subsets)]
             yield Case("fault", family, fault.name, arithmetic, f"only {subset}",
                        partial(run_hidden, family, fault.name, arithmetic, subset))  # fmt: skip
 
