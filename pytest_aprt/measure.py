@@ -287,7 +287,8 @@ def _point_errors(
     exact = readings[0]
     born = exact.local.non_finite_a if replays.parents_finite(point, view_of) else 0
     if lane.index == 0:
-        checks.canary(point, value, view)
+        for side in (value, oracle[name]):  # of the oracle where the engine has no finite stage
+            checks.canary(point, side, view)
     return PointErrors(
         point=point,
         prompt=lane.index,

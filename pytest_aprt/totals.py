@@ -223,8 +223,9 @@ class _Lane:
             point = Point(layer, stage.name)
             ours, theirs, first = self._cut(point, model.stages, oracle.stages)
             view = View(stage, self._sides.oracle_facts, seen, first)
-            if ours is not None and self._index == 0:
-                checks.canary(point, ours, view)
+            for side in (ours, theirs):
+                if side is not None and self._index == 0:
+                    checks.canary(point, side, view)
             found.append(self._errors(point, ours, theirs, view))
         return found
 

@@ -24,9 +24,14 @@ THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))
 
 
 def fixture_pair(family: str = "qwen2", gguf: Path | None = None) -> Pair:
-    """Open a fixture pair; its few layers are dequantised once for all runs of a test."""
+    """Open a fixture pair."""
     folder = FIXTURES / f"tiny-{family}"
-    pair = open_pair(open_headers(str(gguf or folder / "q4_k_m.gguf"), str(folder / "hf")))
+    return opened(gguf or folder / "q4_k_m.gguf", folder / "hf")
+
+
+def opened(gguf: Path, hf: Path) -> Pair:
+    """Open a small pair; its few layers are dequantised once for all runs of a test."""
+    pair = open_pair(open_headers(str(gguf), str(hf)))
     for weights in (pair.model_weights, pair.oracle_weights):
         weights.layer = cache(weights.layer)
     return pair

@@ -32,11 +32,23 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from harness import FIXTURES, TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of  # noqa: E402
+from harness import (  # noqa: E402
+    FIXTURES,
+    TOKENS,
+    builtin,
+    checked,
+    faulty,
+    fixture_pair,
+    opened,
+    origins_of,
+    verdict_of,
+)
 
 from faults.captures import BROKEN, broken  # noqa: E402
 from faults.corpus import FAULTS, Fault  # noqa: E402
 from faults.engines import ARITHMETICS, SUBSETS, Hiding, TorchEngine  # noqa: E402
+from faults.shapes import Files, written_shapes  # noqa: E402
+from faults.variants import ENGINES, SHAPED_FAULTS, fits  # noqa: E402
 from pytest_aprt import weights  # noqa: E402
 from pytest_aprt.arithmetic import STORAGE  # noqa: E402
 from pytest_aprt.compare import View, judge  # noqa: E402
@@ -51,6 +63,7 @@ FAULTY_IN = ("float32", "bfloat16", "q8_k")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ4_NL",
          "Q4_1", "Q5_0")  # fmt: skip
 LENGTHS = (1, 7, 100)
+SHAPED_LENGTHS = (9, 16, 40)
 RIGHT = ("found", "below", "silent", "recognised")
 
 
@@ -102,15 +115,16 @@ def layers_of(fault: Fault, pair: Pair) -> list[int | None]:
     return list(range(pair.graph.n_layers)) if fault.layer == -1 else [fault.layer]
 
 
-def run_fault(family: str, fault: Fault, arithmetic: str) -> tuple[str, float | None, str]:
-    pair = cached_pair(family)
+def run_fault(
+    pair: Pair, fault: Fault, arithmetic: str, tokens: tuple[int, ...] = TOKENS
+) -> tuple[str, float | None, str]:
     ways = ARITHMETICS[arithmetic]
     planted: dict[Point, tuple[Any, Any]] = {}
 
     def noted(stage: str, change: Any) -> Any:
         def changed(value: Any, work: Any) -> Any:
             wrong = change(value.copy(), work)
-            planted[Point(work.layer, stage)] = (value, wrong)
+            planted[Point(work.layer, stage)] = (value, wrong.astype(np.float32))
             return wrong
 
         return changed
@@ -119,14 +133,15 @@ def run_fault(family: str, fault: Fault, arithmetic: str) -> tuple[str, float | 
         (fault.layer, stage): noted(stage, change) for stage, change in fault.changes.items()
     }
     engine = NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, changes, **ways)
-    verdict = verdict_of(pair, checked(pair, engine))
+    verdict = verdict_of(pair, checked(pair, engine), tokens)
     expected = [p for p in pair.graph.points if p in planted]
     found = {judged.point for judged in verdict.origins}
     kept = ways.get("kept", lambda x: x)
-    sizes = {p: size_of(pair, p, *planted[p], kept, arithmetic) for p in expected}
+    storage = "bfloat16" if arithmetic.startswith("bfloat16") else "float32"
+    sizes = {p: size_of(pair, p, *map(kept, planted[p]), storage) for p in expected}
     missed = [p for p in expected if p not in found]
     spurious = [p for p in verdict.origins if p.point not in expected]
-    smallest = min(sizes.values())
+    smallest = min(sizes.values(), default=0.0)
     if spurious or (verdict.status == "INCONCLUSIVE"):
         return "spurious", smallest, f"{verdict.summary}"
     if not missed:
@@ -136,15 +151,13 @@ def run_fault(family: str, fault: Fault, arithmetic: str) -> tuple[str, float | 
     return "missed", smallest, ", ".join(map(str, missed))
 
 
-def size_of(
-    pair: Pair, point: Point, right: Any, wrong: Any, kept: Callable[[Any], Any], arithmetic: str
-) -> float:
+def size_of(pair: Pair, point: Point, right: Any, wrong: Any, storage: str) -> float:
     """Return the error that was planted, in units of the tolerance of its worst slice."""
-    storage = "bfloat16" if arithmetic.startswith("bfloat16") else "float32"
-    a, b = (torch.from_numpy(np.asarray(kept(x.astype(np.float32)))) for x in (wrong, right))
+    a, b = (torch.from_numpy(np.asarray(x, np.float32)) for x in (wrong, right))
     if not bool(torch.isfinite(a).all()):
         return float("inf")
-    mask = torch.ones(len(TOKENS), len(TOKENS), dtype=torch.bool).tril()
+    tokens = a.shape[-2] if a.ndim > 1 else 1
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     view = View(STAGES[point.stage], pair.oracle_facts, mask)
     worst = judge(a, Reference(b, lambda: torch.zeros_like(b)), view, STORAGE[storage])
     return 0.0 if worst is None else worst.excess
@@ -153,6 +166,11 @@ def size_of(
 @cache
 def cached_pair(family: str, gguf: Path | None = None) -> Pair:
     return fixture_pair(family, gguf)
+
+
+@cache
+def shaped_pair(gguf: Path, hf: Path) -> Pair:
+    return opened(gguf, hf)
 
 
 def fault_cases() -> Iterator[Case]:
@@ -232,7 +250,7 @@ def run_fault_named(
     family: str, name: str, layer: int | None, arithmetic: str
 ) -> tuple[str, float | None, str]:
     fault = next(fault for fault in FAULTS if fault.name == name)
-    return run_fault(family, replace(fault, layer=layer), arithmetic)
+    return run_fault(cached_pair(family), replace(fault, layer=layer), arithmetic)
 
 
 # --- clean controls -------------------------------------------------------------------------------
@@ -255,8 +273,8 @@ def engine_of(pair: Pair, name: str) -> Any:
     return NumpyEngine(pair.model_weights, pair.oracle_facts, pair.architecture, {}, **ways)
 
 
-def tokens_of(length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(length).integers(0, 1000, length).tolist())
+def tokens_of(length: int, vocabulary: int = 1000) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(length).integers(0, vocabulary, length).tolist())
 
 
 def run_clean(
@@ -345,6 +363,48 @@ def clean_cases(files: dict[tuple[str, str], Path | None]) -> Iterator[Case]:
                         "L01" if fault else "6 tokens",
                         partial(run_extreme, family, adjust, engine, fault),
                     )  # fmt: skip
+
+
+# --- models of other shapes -----------------------------------------------------------------------
+
+
+def run_shaped_fault(
+    files: tuple[Path, Path], name: str, layer: int | None, arithmetic: str, length: int
+) -> tuple[str, float | None, str]:
+    fault = next(fault for fault in SHAPED_FAULTS if fault.name == name)
+    tokens = tokens_of(length, vocabulary=200)
+    return run_fault(shaped_pair(*files), replace(fault, layer=layer), arithmetic, tokens)
+
+
+def run_shaped_engine(
+    files: tuple[Path, Path], name: str, length: int
+) -> tuple[str, float | None, str]:
+    pair = shaped_pair(*files)
+    engine = checked(pair, ENGINES[name](pair))
+    return silent(verdict_of(pair, engine, tokens_of(length, vocabulary=200)))
+
+
+def shaped_cases(files: Files) -> Iterator[Case]:
+    """Each fault on three shapes, each healthy engine on three, by turns."""
+    shapes, arithmetics = list(files), ("float32", "bfloat16", "q8_0")
+    pairs = {shape: shaped_pair(*files[shape]) for shape in shapes}
+    for i, fault in enumerate(SHAPED_FAULTS):
+        fit = [s for s in shapes if fault.needs(pairs[s])]
+        for k, arithmetic in enumerate(arithmetics):
+            fit_too = [s for s in fit if fits(arithmetic, pairs[s])]
+            shape = fit_too[(3 * i + 4 * k) % len(fit_too)]
+            here = placed(fault, i + k, pairs[shape].graph.n_layers)
+            where = {None: "end", -1: "all"}.get(here.layer, f"layer {here.layer}")
+            length = SHAPED_LENGTHS[(i + k) % 3]
+            run = partial(run_shaped_fault, files[shape], fault.name, here.layer, arithmetic,
+                          length)  # fmt: skip
+            yield Case("fault", shape, fault.name, arithmetic, where, run)
+    for i, name in enumerate(ENGINES):
+        fit = [s for s in shapes if fits(name, pairs[s])]
+        for k, length in enumerate(SHAPED_LENGTHS):
+            shape = fit[(3 * i + 4 * k) % len(fit)]
+            run = partial(run_shaped_engine, files[shape], name, length)
+            yield Case("clean", shape, "engine", name, f"{length} tokens", run)
 
 
 # --- matrices that are streamed, as those of large models are ------------------------------------
@@ -447,6 +507,7 @@ def main() -> int:
             *fault_cases(),
             *hidden_cases(),
             *clean_cases(quantised(Path(folder))),
+            *shaped_cases(written_shapes(Path(folder))),
             *streamed_cases(),
             *broken_cases(),
         ]
