@@ -13,6 +13,7 @@ from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
 from pytest_aprt.rungs.config import fact_rows
+from pytest_aprt.settings import Settings, read_settings
 from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.stages import STAGES
 from pytest_aprt.testing import NumpyEngine
@@ -88,3 +89,14 @@ class Changed:
 
 def origins_of(verdict: Verdict) -> list[str]:
     return [str(judged.point) for judged in verdict.origins]
+
+
+def settings_on(pair: Pair, model, oracle=None, *, weights: bool = True) -> Settings:
+    """The settings of a run on a dump of TOKENS."""
+    given = {"aprt_model": str(model), "aprt_oracle": str(oracle or pair.oracle.path)}
+    given |= {"aprt_weights": str(pair.gguf.path)} if weights else {}
+    return read_settings({**given, "aprt_tokens": [",".join(map(str, TOKENS))]}.get, command="")
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""

@@ -16,6 +16,8 @@ from harness import (
     faulty,
     fixture_pair,
     origins_of,
+    quiet,
+    settings_on,
     verdict_of,
     written,
 )
@@ -27,7 +29,6 @@ from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers
 from pytest_aprt.positions import READS_ALL, token_axis
 from pytest_aprt.run import run
-from pytest_aprt.settings import read_settings
 from pytest_aprt.sides import open_sides
 from pytest_aprt.totals import run_totals
 
@@ -202,16 +203,6 @@ def test_places_are_counted_from_the_start_of_the_prompt(pair):
 
 
 # Dumps
-
-
-def settings_on(pair, model, oracle=None, weights=True):
-    given = {"aprt_model": str(model), "aprt_oracle": str(oracle or pair.oracle.path)}
-    given |= {"aprt_weights": str(pair.gguf.path)} if weights else {}
-    return read_settings({**given, "aprt_tokens": [",".join(map(str, TOKENS))]}.get, command="")
-
-
-def quiet(what, done, total):
-    pass
 
 
 def test_a_dump_of_the_last_position(pair, tmp_path):

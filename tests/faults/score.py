@@ -46,8 +46,8 @@ from harness import (  # noqa: E402
     verdict_of,
 )
 
-from faults.captures import BROKEN, broken  # noqa: E402
-from faults.corpus import FAULTS, Fault  # noqa: E402
+from faults.captures import BROKEN, BROKEN_DUMPS, broken, broken_dump  # noqa: E402
+from faults.corpus import FAULTS, Fault, has_bias  # noqa: E402
 from faults.engines import ARITHMETICS, SUBSETS, Hiding, TorchEngine  # noqa: E402
 from faults.shapes import Files, written_shapes  # noqa: E402
 from faults.variants import ENGINES, SHAPED_FAULTS, fits  # noqa: E402
@@ -456,8 +456,19 @@ def run_broken(family: str, name: str) -> tuple[str, float | None, str]:
     return ("recognised" if right else "taken for a fault"), None, verdict.summary
 
 
+def run_broken_dump(family: str, name: str) -> tuple[str, float | None, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        said = broken_dump(cached_pair(family), name, Path(folder))
+    right = said.startswith(("INCONCLUSIVE", "error")) and BROKEN_DUMPS[name].says in said
+    return ("recognised" if right else "taken for a fault"), None, said
+
+
 def broken_cases() -> Iterator[Case]:
     for family in FAMILIES:
+        for name, dump in BROKEN_DUMPS.items():
+            if has_bias(cached_pair(family)) or not dump.needs_bias:
+                yield Case("broken capture", family, name, "float32", "dump",
+                           partial(run_broken_dump, family, name))  # fmt: skip
         for name in BROKEN:
             yield Case("broken capture", family, name, "float32", "",
                        partial(run_broken, family, name))  # fmt: skip
