@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported; torch's are set by case
 
 import numpy as np
 import torch
@@ -406,7 +409,7 @@ def shaped_cases(files: Files) -> Iterator[Case]:
         for k, length in enumerate(SHAPED_LENGTHS):
             shape = fit[(3 * i + 4 * k) % len(fit)]
             run = partial(run_shaped_engine, files[shape], name, length)
-            yield Case("clean", shape, "engine", name, f"{length} tokens", run)
+            yield Case("clean", shape, name, "own", f"{length} tokens", run)
 
 
 # --- matrices that are streamed, as those of large models are ------------------------------------

@@ -362,11 +362,6 @@ def one_row_late(value: Array, w: Workings) -> Array:
     return np.concatenate([value[:1], value[:-1]])
 
 
-def kv_exchanged(value: Array, w: Workings) -> Array:
-    q, k, v = np.split(value, np.cumsum(w.facts.qkv_sizes)[:-1], axis=-1)
-    return np.concatenate([q, v, k], axis=-1)
-
-
 def k_unbiased(value: Array, w: Workings) -> Array:
     q, k, _ = w.facts.qkv_sizes
     value[:, q : q + k] = w.stages["qkv_matmul"][:, q : q + k]
@@ -462,8 +457,6 @@ SHAPED_FAULTS = (
           changes={"post_ffn_residual": last_two_exchanged}),
     Fault(name="k-bias-missing", like="one of three biases", needs=has_bias,
           changes={"qkv_bias": k_unbiased}),
-    Fault(name="k-and-v-exchanged", like="a fused projection split in the wrong order",
-          changes={"qkv_matmul": kv_exchanged}),
     Fault(name="qkv-one-column-off", like="a stride one short",
           changes={"qkv_matmul": lambda v, w: np.roll(v, -1, axis=-1)}),
     Fault(name="qk-norms-exchanged", like="two norms exchanged by name", needs=has_qk_norm,
