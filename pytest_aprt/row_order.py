@@ -138,7 +138,9 @@ class RowOrder:
             return captured["attn_norm"]
         entry = self._entry
         if layer == 0:
-            entry = weights.rows(EMBEDDING, tokens) * self._architecture.embedding_scale
+            entry = weights.rows(EMBEDDING, tokens) * self._architecture.embedding_scale(
+                self._facts.hidden
+            )
         if entry is None:
             return None
         gamma = weights.layer(layer)["input_layernorm.weight"]
