@@ -528,7 +528,9 @@ def main() -> int:
             *broken_cases(),
         ]
         cases = [
-            c for c in cases if options.only in f"{c.group} {c.family} {c.what} {c.arithmetic}"
+            c
+            for c in cases
+            if options.only in f"{c.group} {c.family} {c.what} {c.arithmetic} {c.where}"
         ]
         with ProcessPoolExecutor(options.jobs) as pool:
             rows = list(pool.map(_run, cases, chunksize=8))
