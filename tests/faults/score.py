@@ -215,10 +215,12 @@ def run_hidden(
     verdict = verdict_of(pair, checked(pair, Hiding(engine, shown)))
     expected = exposed(pair, fault, shown)
     found = {judged.point for judged in verdict.origins}
-    if found == expected:
-        return "found", None, ""
-    if found - expected:
+    born = {Point(fault.layer, stage) for stage in fault.changes}
+    brackets = [{j.point, *j.errors.bracket} for j in verdict.origins if j.errors]
+    if not all(born & bracket for bracket in brackets):
         return "spurious", None, verdict.summary
+    if found >= expected:  # and what a missing stage feeds besides, in a bracket that holds it
+        return "found", None, ""
     clean = faulty(pair, **ARITHMETICS[arithmetic])
     size = size_from_outside(verdict, expected - found, engine, clean)
     return ("below" if size <= 2 else "missed"), size, verdict.summary
