@@ -113,7 +113,7 @@ def placed(fault: Fault, turn: int, n_layers: int) -> Fault:
         return fault
     if set(fault.changes) & {"embedding"}:
         return fault
-    return replace(fault, layer=(2, -1, 0, n_layers - 1)[turn % 4])
+    return replace(fault, layer=(min(2, n_layers - 1), -1, 0, n_layers - 1)[turn % 4])
 
 
 def layers_of(fault: Fault, pair: Pair) -> list[int | None]:
@@ -147,6 +147,8 @@ def run_fault(
     missed = [p for p in expected if p not in found]
     spurious = [p for p in verdict.origins if p.point not in expected]
     smallest = min(sizes.values(), default=0.0)
+    if not planted:
+        return "missed", 0.0, "nothing was planted: " + verdict.summary
     if spurious or (verdict.status == "INCONCLUSIVE"):
         return "spurious", smallest, f"{verdict.summary}"
     if not missed:
