@@ -7,7 +7,7 @@ so it offers some arithmetics to every kind of stage. Data only: ``rounding`` ha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from pytest_aprt.errors import SettingsError
 
@@ -51,6 +51,8 @@ STORAGE = {
 }
 
 
+_EXACT = ("none", "float32")
+
 _LEFT = {
     # field of Arithmetic, and its value: what remains of a product's error when it is emulated
     ("inputs", "q8_1"): 1e-3,  # a float16 sum of a block's inputs meets the minimum of its weights
@@ -87,6 +89,12 @@ class Arithmetic:
         left = [bound for (field, how), bound in _LEFT.items() if getattr(self, field) == how]
         return replace(tolerance, base=max(tolerance.base, *left))
 
+    @property
+    def roundings(self) -> frozenset[tuple[str, str]]:
+        """What is rounded, and how; empty where nothing is."""
+        values = ((f.name, str(getattr(self, f.name))) for f in fields(self) if f.name != "name")
+        return frozenset((name, value) for name, value in values if value not in _EXACT)
+
     def stored(self, storage: str) -> Arithmetic:
         """Return the same with its result kept in another dtype."""
         if storage == self.storage:
@@ -114,8 +122,10 @@ _PROJECTIONS = _named(
     Arithmetic(name="q8_1", inputs="q8_1"),
     Arithmetic(name="float16 operands", inputs="float16", weights="float16"),
     Arithmetic(name="float16 inputs", inputs="float16"),
+    Arithmetic(name="float16 weights", weights="float16"),
     Arithmetic(name="bfloat16 operands", inputs="bfloat16", weights="bfloat16"),
     Arithmetic(name="bfloat16 inputs", inputs="bfloat16"),
+    Arithmetic(name="bfloat16 weights", weights="bfloat16"),
     Arithmetic(name="tf32", inputs="tf32", weights="tf32"),
     Arithmetic(name="truncated tf32", inputs="tf32_cut", weights="tf32_cut"),
 )
@@ -191,9 +201,9 @@ PROFILES = {
                 attention=tuple(n for n, a in _ATTENTION.items() if a.sums == "none")),
         Profile(name="float32"),
         Profile(name="float16", attention=_CACHES["float16"], storage=("float16",),
-                projections=("float16 operands", "float16 inputs")),
+                projections=("float16 operands", "float16 inputs", "float16 weights")),
         Profile(name="bfloat16", attention=_CACHES["bfloat16"], storage=("bfloat16",),
-                projections=("bfloat16 operands", "bfloat16 inputs")),
+                projections=("bfloat16 operands", "bfloat16 inputs", "bfloat16 weights")),
         Profile(name="tf32", projections=_TF32, attention=tuple(f"{n} attention" for n in _TF32)),
         *(Profile(name=name, projections=(name,)) for name in _EIGHT_BIT),
     )

@@ -88,6 +88,7 @@ class BridgedReplay:
         self._bridges: dict[tuple[Point, str], Reference] = {}
         self._carried: tuple[Point, tuple[Point, ...]] | None = None
         self._prepared: dict[Point, Reference] = {}
+        self._asked: tuple[Point, Reference] | None = None
         self.first = 0
         self._whole: dict[Point, Tensor] = {}  # of all positions, though others are not
         self._stand_ins: Mapping[str, Tensor] = {}
@@ -106,7 +107,7 @@ class BridgedReplay:
         self._whole = {p: x for p, x in values.items() if self.first and len(x) == tokens}
         self._values = {p: last(p.stage, x, tokens - self.first) for p, x in values.items()}
         self._bridges = {k: self._cut(k[0], found) for k, found in self._bridges.items()}
-        self._prepared, self._stand_ins = {}, {}
+        self._prepared, self._stand_ins, self._asked = {}, {}, None
         self._context = Context(
             facts=pair.oracle_facts,
             architecture=pair.architecture,
@@ -159,10 +160,21 @@ class BridgedReplay:
         Raises:
             UnfitError: the arithmetic's blocks do not fit the point's shapes.
         """
+        parents = self._pair.graph.parents(point)
         if arithmetic == EXACT and point in self._prepared:
-            return self._prepared[point]
-        inputs = [self._read(point, p, arithmetic) for p in self._pair.graph.parents(point)]
-        return replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
+            found = self._prepared[point]
+        else:
+            inputs = [self._read(point, parent, arithmetic) for parent in parents]
+            found = replay(point.stage, replace(self._context, arithmetic=arithmetic), inputs)
+        captured = all(parent in self._values for parent in parents)
+        return self._responding(point, found) if captured and not self.stood_in(point) else found
+
+    def _responding(self, point: Point, found: Reference) -> Reference:
+        """Return the same: what responds to captured inputs does so in every arithmetic alike."""
+        if self._asked is None or self._asked[0] != point:
+            self._asked = point, found
+        first = self._asked[1]
+        return replace(found, respond=lambda: first.response)
 
     def take(self, stages: Mapping[str, Tensor]) -> None:
         """Take in more of the layer's captured stages."""

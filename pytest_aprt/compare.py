@@ -242,14 +242,6 @@ def _metrics(parts: Sequence[_Sums], view: View, top: int) -> Metrics:
     )
 
 
-def read(
-    model: Tensor, reference: Reference, view: View, tolerance: Tolerance
-) -> tuple[Metrics, Slice | None]:
-    """Return what ``measure`` and ``judge`` say of a replay."""
-    local = measure(model, reference.value, view, TOP_DIFFS, pictured=True)
-    return local, judge(model, reference, view, tolerance)
-
-
 def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance) -> Slice | None:
     """Return the slice whose error is largest in units of what rounding explains.
 

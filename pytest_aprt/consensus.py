@@ -25,7 +25,8 @@ _ENOUGH = 3
 """Points of a stage that are read in every arithmetic before the leading one is tried first."""
 
 _LEAST_SUPPORT = 2
-"""Points of a run that an arithmetic must explain; one alone may be a fault that looks like it."""
+"""Points of a run that each rounding of an arithmetic must help to explain; one alone may be a
+fault that looks like it. The head is one point: it is read by what rounds elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,17 @@ class Reading:
     @property
     def explains(self) -> bool:
         """Whether nothing but rounding is left."""
-        return self.worst is None or self.worst.excess <= 1
+        return explains(self.worst)
 
     @property
     def undoubted(self) -> float:
         """The worst slice's relative error, without what lies on the edge of two roundings."""
         return 0.0 if self.worst is None else self.worst.excess * self.arithmetic.tolerance.base
+
+
+def explains(worst: Slice | None) -> bool:
+    """Return whether a point's worst slice leaves nothing but rounding."""
+    return worst is None or worst.excess <= 1
 
 
 def group_of(point: Point, bracket: Sequence[Point]) -> Group:
@@ -57,15 +63,15 @@ class Tally:
     """Counts, group by group, which arithmetics explain what the exact one does not."""
 
     _groups: dict[Group, list[Sequence[Reading]]] = field(default_factory=lambda: defaultdict(list))
-    _support: Counter[str] = field(default_factory=Counter)
+    _support: Counter[tuple[str, str]] = field(default_factory=Counter)
     _known: dict[str, Arithmetic] = field(default_factory=dict)
 
     def add(self, group: Group, explaining: Sequence[Reading]) -> None:
         """Take in all that explain one point."""
         if explaining:
             self._groups[group].append(explaining)
+        self._support.update({r for reading in explaining for r in reading.arithmetic.roundings})
         for reading in explaining:
-            self._support[reading.arithmetic.name] += 1
             self._known.setdefault(reading.arithmetic.name, reading.arithmetic)
 
     def leaders(self, group: Group) -> list[Arithmetic]:
@@ -94,7 +100,7 @@ class Tally:
         return self._known[best]
 
     def _fits(self, name: str) -> bool:
-        return name == EXACT.name or self._support[name] >= _LEAST_SUPPORT
+        return all(self._support[r] >= _LEAST_SUPPORT for r in self._known[name].roundings)
 
     def will_be_among(self, group: Group, names: Collection[str], votes: int) -> bool | None:
         """Return whether the choice will be one of ``names``, whatever the votes to come.

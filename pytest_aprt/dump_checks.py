@@ -1,7 +1,8 @@
 """What may be wrong with a dump that another tool wrote, and is no fault of its engine.
 
-Such a dump does not say what it holds: which prompt, how many rows, before or after the bias, in
-which order of rows. Each is told from the values, named, and makes the run inconclusive.
+Such a dump does not say what it holds: which prompt, how many rows, before or after the bias. Each
+is told from the values, named, and makes the run inconclusive. Q and K in GGUF's order of rows are
+told likewise, and put in order.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from pytest_aprt.architectures import EMBEDDING
 from pytest_aprt.capture import CheckedEngine, LayerStages
 from pytest_aprt.errors import CaptureError
+from pytest_aprt.row_order import RowOrder
 from pytest_aprt.stages import STAGES, point_id
 from pytest_aprt.weights import WeightSource, row_chunks
 
@@ -64,9 +66,15 @@ class CheckedDump(CheckedEngine):
             other = pair.oracle_weights
         self._weights, self._vocabulary = own, own or other
         self._same_row = SAME_ROW if own else SAME_ROW_OF_OTHER
+        self._order = RowOrder(pair.oracle_facts, pair.architecture, self._vocabulary)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of the dump, once its layers have passed."""
+        return self._order.notes
 
     def layers(self, tokens: Sequence[int]) -> Iterator[LayerStages]:
-        """Yield every layer once and in order.
+        """Yield every layer once and in order, Q and K rows in the order of Hugging Face.
 
         Raises:
             CaptureError: the values are another prompt's, or not those of their stage.
@@ -77,7 +85,7 @@ class CheckedDump(CheckedEngine):
                     self._check_tokens(captured.stages["embedding"], tokens)
                 if self._weights is not None:
                     self._check_bias(captured.stages, self._weights)
-            yield captured
+            yield self._order.undone(captured, tokens)
 
     def _checked(
         self, layer: int | None, stages: Mapping[str, Any], tokens: int

@@ -19,14 +19,16 @@ from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import (
+    TOP_DIFFS,
     Comparison,
     Metrics,
     Slice,
     View,
+    judge,
+    measure,
     measure_each,
-    read,
 )
-from pytest_aprt.consensus import Group, Reading, Tally, group_of, settled
+from pytest_aprt.consensus import Group, Reading, Tally, explains, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Watch, compute_threads, together
@@ -322,7 +324,8 @@ def _point_errors(
     if born and not replays.parents_finite(point, view_of):
         born = 0
     if lane.index == 0:
-        checks.canary(point, value, view)
+        for side in (value, oracle[name]):  # of the oracle where the engine has no finite stage
+            checks.canary(point, side, view)
     of_total = Comparison(value, oracle[name])
     of_engine = Comparison(value, shadow[name], pictured=True)
     total, weights, engine = measure_each([of_total, of_weights, of_engine], view)
@@ -350,7 +353,7 @@ def readings_of(
     group = group_of(point, bracket)
     kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
     exact, *others = replays.profile.arithmetics(kinds)
-    first = _reading(point, value, replays, view, exact)
+    first = _reading(point, value, replays, view, exact, only_explaining=False)
     assert first is not None  # the exact arithmetic has no blocks
     votes = not replays.stood_in(point)
     if first.explains:
@@ -358,7 +361,7 @@ def readings_of(
         return (first,)
     leaders = [a for a in replays.tally.leaders(group) if a in others]
     read = (_reading(point, value, replays, view, arithmetic) for arithmetic in leaders)
-    led = [reading for reading in read if reading is not None and reading.explains]
+    led = [reading for reading in read if reading is not None]
     if leaders and len(led) == len(leaders):
         replays.tally.add(group, led if votes else ())
         return first, *led
@@ -366,9 +369,8 @@ def readings_of(
     found = [
         reading
         for arithmetic in others
-        if arithmetic.storage in ("float32", dtype)
+        if arithmetic.storage == dtype
         and (reading := _reading(point, value, replays, view, arithmetic)) is not None
-        and reading.explains
         and _is_far_better(reading, first, across=bool(bracket))
     ]
     replays.tally.add(group, found if votes else ())
@@ -376,13 +378,22 @@ def readings_of(
 
 
 def _reading(
-    point: Point, value: Tensor, replays: BridgedReplay, view: View, arithmetic: Arithmetic
+    point: Point,
+    value: Tensor,
+    replays: BridgedReplay,
+    view: View,
+    arithmetic: Arithmetic,
+    *,
+    only_explaining: bool = True,
 ) -> Reading | None:
     try:
         reference = replays.reference(point, arithmetic)
     except UnfitError:
         return None
-    local, worst = read(value, reference, view, arithmetic.tolerance)
+    worst = judge(value, reference, view, arithmetic.tolerance)
+    if only_explaining and not explains(worst):
+        return None
+    local = measure(value, reference.value, view, TOP_DIFFS, pictured=True)
     return Reading(arithmetic=arithmetic, local=local, worst=worst)
 
 

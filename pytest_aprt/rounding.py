@@ -80,7 +80,7 @@ def _blocks(
         blocks = x.reshape(*x.shape[:-1], -1, size)
         peak, place = blocks.abs().max(-1, keepdim=True)
         if signed_peak:  # Q8_K: the largest value becomes -127 whatever its sign
-            steps = -127.0 / blocks.gather(-1, place)
+            steps = torch.tensor(-127.0) / blocks.gather(-1, place)  # of a number: 1 ulp off
             step = 1 / steps
         else:
             step = peak / 127.0
@@ -91,7 +91,7 @@ def _blocks(
         stored = step.to(scale_dtype).float().masked_fill(zero, 0.0)
         # Halves: ggml's reference rounds them away from zero, its vector kernels to even.
         margin = exact.abs() * (EDGE_ULPS * FLOAT32_ULP)
-        scale_margin = torch.full_like(peak, FLOAT32_ULP)
+        scale_margin = torch.full_like(peak, 2 * FLOAT32_ULP)  # less is lost beside 1
         if off is not None:
             off = off.reshape(blocks.shape)
             scale_margin = scale_margin + (off.gather(-1, place) / peak).masked_fill(zero, 0.0)

@@ -280,8 +280,9 @@ class _Lane:
             point = Point(layer, stage.name)
             ours, theirs, first = self._cut(point, model.stages, oracle.stages)
             view = View(stage, self._sides.oracle_facts, seen, first)
-            if ours is not None and self._index == 0:
-                checks.canary(point, ours, view)
+            for tensor in (ours, theirs):
+                if tensor is not None and self._index == 0:
+                    checks.canary(point, tensor, view)
             errors = self._errors(point, ours, theirs, view)
             if self._engines is not None:
                 errors = self._judged(errors, self._engines, shadow, seen)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Prompt, Stop, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
 from pytest_aprt.rungs.config import fact_rows
+from pytest_aprt.settings import Settings, read_settings
+from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.stages import STAGES
 from pytest_aprt.testing import NumpyEngine
 from pytest_aprt.verdict import Threshold, Verdict, conclude
@@ -21,9 +25,14 @@ THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))
 
 
 def fixture_pair(family: str = "qwen2", gguf: Path | None = None) -> Pair:
-    """Open a fixture pair; its few layers are dequantised once for all runs of a test."""
+    """Open a fixture pair."""
     folder = FIXTURES / f"tiny-{family}"
-    pair = open_pair(open_headers(str(gguf or folder / "q4_k_m.gguf"), str(folder / "hf")))
+    return opened(gguf or folder / "q4_k_m.gguf", folder / "hf")
+
+
+def opened(gguf: Path, hf: Path) -> Pair:
+    """Open a small pair; its few layers are dequantised once for all runs of a test."""
+    pair = open_pair(open_headers(str(gguf), str(hf)))
     for weights in (pair.model_weights, pair.oracle_weights):
         weights.layer = cache(weights.layer)
     return pair
@@ -59,5 +68,36 @@ def verdict_of(
     return conclude(pair.graph, points, result, facts, THRESHOLDS, strict=strict)
 
 
+def written(engine, folder: Path, tokens: tuple[int, ...] = TOKENS) -> Path:
+    """Write an engine's run as other tools do, without a manifest."""
+    for layer, stages in engine.layers(tokens):
+        for name, value in stages.items():
+            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
+            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
+    return folder
+
+
+class Changed:
+    """An engine whose captures are changed on their way out: ``change(layer, stages)``."""
+
+    def __init__(self, engine, change) -> None:
+        self._engine, self._change = engine, change
+
+    def layers(self, tokens):
+        for layer, stages in self._engine.layers(tokens):
+            yield layer, self._change(layer, dict(stages))
+
+
 def origins_of(verdict: Verdict) -> list[str]:
     return [str(judged.point) for judged in verdict.origins]
+
+
+def settings_on(pair: Pair, model, oracle=None, *, weights: bool = True) -> Settings:
+    """The settings of a run on a dump of TOKENS."""
+    given = {"aprt_model": str(model), "aprt_oracle": str(oracle or pair.oracle.path)}
+    given |= {"aprt_weights": str(pair.model.file.path)} if weights else {}
+    return read_settings({**given, "aprt_tokens": [",".join(map(str, TOKENS))]}.get, command="")
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""

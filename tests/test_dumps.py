@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from faults.corpus import FAULTS
 from faults.engines import ARITHMETICS
-from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of
+from harness import (
+    TOKENS,
+    Changed,
+    builtin,
+    checked,
+    faulty,
+    fixture_pair,
+    origins_of,
+    verdict_of,
+    written,
+)
 
 from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import LayerStages
@@ -21,7 +31,7 @@ from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers
 from pytest_aprt.run import run
 from pytest_aprt.settings import read_settings
-from pytest_aprt.sources.aprt import WHOLE_MODEL, DumpFolder, write_tensor
+from pytest_aprt.sources.aprt import DumpFolder
 
 FIELDS = {"model": {"arithmetic": "auto"}, "oracle": {"arithmetic": "float32"}}
 
@@ -127,13 +137,11 @@ def test_the_manifest_declares_the_arithmetic(pair, tmp_path):
 # Dumps of other tools: they do not say what they hold
 
 
-def foreign(engine, folder, tokens=TOKENS, change=lambda layer, stages: stages):
-    """Write an engine's run as other tools do, without a manifest."""
-    for layer, stages in engine.layers(tokens):
-        for name, value in change(layer, dict(stages)).items():
-            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
-            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
-    return CheckedDump(DumpRunner.open(str(folder)), fixture_pair(), "dump")
+def foreign(engine, folder, tokens=TOKENS, change=None, family="qwen2"):
+    """An engine's run as other tools write it, without a manifest."""
+    engine = engine if change is None else Changed(engine, change)
+    dump = DumpRunner.open(str(written(engine, folder, tokens)))
+    return CheckedDump(dump, fixture_pair(family), "dump")
 
 
 def verdict_on(pair, engine, tokens=TOKENS):

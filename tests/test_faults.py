@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from faults.corpus import FAULTS, Fault
 from faults.engines import ARITHMETICS, bfloat16, q8_k
-from faults.score import RIGHT, broken_cases, fault_cases, sample, streamed_cases
+from faults.score import (
+    RIGHT,
+    broken_cases,
+    fault_cases,
+    sample,
+    shaped_cases,
+    streamed_cases,
+)
+from faults.shapes import written_shapes
+from faults.variants import ENGINES, SHAPED_FAULTS
 from harness import TOKENS, builtin, faulty, fixture_pair, origins_of, verdict_of
 from transformers import Qwen2Config
 
@@ -31,8 +40,21 @@ def test_a_case_of_the_corpus(case):
     assert row.outcome in RIGHT, row
 
 
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    cases = sample([*shaped_cases(written_shapes(tmp_path_factory.mktemp("shapes")))])
+    return {case.what: case for case in cases}
+
+
+@pytest.mark.parametrize("name", [*(fault.name for fault in SHAPED_FAULTS), *ENGINES])
+def test_a_fault_or_a_healthy_engine_on_another_shape(shaped, name):
+    row = shaped[name]()
+    assert row.outcome in RIGHT, row
+
+
 def test_fault_names_are_unique():
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 70
+    names = {fault.name for fault in (*FAULTS, *SHAPED_FAULTS)}
+    assert len(names) == len(FAULTS) + len(SHAPED_FAULTS) >= 120
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 512])

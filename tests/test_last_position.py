@@ -9,7 +9,18 @@ import pytest
 from faults.corpus import FAULTS, Fault
 from faults.engines import ARITHMETICS
 from faults.score import tokens_of
-from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of
+from harness import (
+    TOKENS,
+    builtin,
+    checked,
+    faulty,
+    fixture_pair,
+    origins_of,
+    quiet,
+    settings_on,
+    verdict_of,
+    written,
+)
 
 from pytest_aprt.dump import DumpRunner, kept_in
 from pytest_aprt.dump_checks import CheckedDump
@@ -18,9 +29,7 @@ from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers
 from pytest_aprt.positions import READS_ALL, token_axis
 from pytest_aprt.run import run
-from pytest_aprt.settings import read_settings
 from pytest_aprt.sides import open_sides
-from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor
 from pytest_aprt.totals import run_totals
 
 LAST = TOKENS[-1:]
@@ -194,25 +203,6 @@ def test_places_are_counted_from_the_start_of_the_prompt(pair):
 
 
 # Dumps
-
-
-def settings_on(pair, model, oracle=None, weights=True):
-    given = {"aprt_model": str(model), "aprt_oracle": str(oracle or pair.oracle.path)}
-    given |= {"aprt_weights": str(pair.model.file.path)} if weights else {}
-    return read_settings({**given, "aprt_tokens": [",".join(map(str, TOKENS))]}.get, command="")
-
-
-def quiet(what, done, total):
-    pass
-
-
-def written(engine, folder):
-    """Write an engine's run as other tools do, without a manifest."""
-    for layer, stages in engine.layers(TOKENS):
-        for name, value in stages.items():
-            place = folder / (f"{name}.bin" if layer is None else f"layer-{layer}/{name}.bin")
-            write_tensor(place, WHOLE_MODEL if layer is None else layer, np.asarray(value))
-    return folder
 
 
 def test_a_dump_of_the_last_position(pair, tmp_path):

@@ -75,7 +75,9 @@ class Command:
         """
         with tempfile.TemporaryDirectory(prefix="aprt-", ignore_cleanup_errors=True) as folder:
             dump = self._dumped(tuple(tokens), folder)
-            yield from self._checked(dump, tokens).layers(tokens)
+            checked = self._checked(dump, tokens)
+            yield from checked.layers(tokens)
+            self.notes = list(getattr(checked, "notes", ()))
 
     def _dumped(self, tokens: tuple[int, ...], folder: str) -> DumpRunner:
         arguments = self._line.filled(

@@ -54,11 +54,12 @@ def misplaced(case: Case) -> str:
 
 
 def _not_finite(c: Case) -> str:
-    wrong = ~torch.isfinite(c.model)
-    if not bool(wrong.any()):
-        return ""
-    place = tuple(int(i) for i in wrong.nonzero()[0])
-    return f"holds {int(wrong.sum())} non-finite values, the first at {list(place)}"
+    for tensor, where in ((c.model, ""), (c.oracle, " in the oracle")):
+        wrong = ~torch.isfinite(tensor)
+        if bool(wrong.any()):
+            place = [int(i) for i in wrong.nonzero()[0]]
+            return f"holds {int(wrong.sum())} non-finite values{where}, the first at {place}"
+    return ""
 
 
 def _constant(c: Case) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import checked, verdict_of
+from harness import TOKENS, Changed, builtin, checked, quiet, settings_on, verdict_of, written
 
-from pytest_aprt.pair import Pair
+from pytest_aprt.dump import kept_in
+from pytest_aprt.errors import SourceError
+from pytest_aprt.measure import Prompt
+from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.pair import Pair, open_headers
+from pytest_aprt.run import run
 from pytest_aprt.testing import NumpyEngine
 from pytest_aprt.verdict import Verdict
 
@@ -82,3 +88,72 @@ def broken(pair: Pair, name: str) -> Verdict:
             yield from BROKEN[name].change(list(engine.layers(tokens)))
 
     return verdict_of(pair, checked(pair, Capture()))
+
+
+# --- dumps that are not what they should be -------------------------------------------------------
+
+
+def another_prompts(pair: Pair, folder: Path) -> Path:
+    return written(builtin(pair), folder, (*TOKENS[:3], 13, *TOKENS[4:]))
+
+
+def a_longer_prompts(pair: Pair, folder: Path) -> Path:
+    return written(builtin(pair), folder, (*TOKENS, 5, 6))
+
+
+def of_the_oracle(pair: Pair, folder: Path) -> Path:
+    return written(TransformersRunner(pair.config, pair.oracle_weights), folder)
+
+
+def moved(to: str, source: str) -> Callable[[Pair, Path], Path]:
+    """A dump in which one stage holds another's values."""
+
+    def change(layer: int | None, stages: dict[str, Any]) -> dict[str, Any]:
+        return stages if layer is None else stages | {to: stages[source]}
+
+    return lambda pair, folder: written(Changed(builtin(pair), change), folder)
+
+
+def with_stale_files(pair: Pair, folder: Path) -> Path:
+    """A dump of ours in which a file of an earlier run lies."""
+    prompt = Prompt(text="", tokens=TOKENS)
+    keep = kept_in(folder, [prompt], {"model": {}}, lambda side, index, layers: layers)
+    for _ in keep("model", 0, checked(pair, builtin(pair)).layers(TOKENS)):
+        pass
+    stale = written(builtin(pair), folder / "stale", TOKENS[::-1]) / "layer-1" / "ffn_up.bin"
+    return stale.replace(folder / "model" / "layer-1" / "ffn_up.bin").parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenDump:
+    """How a dump is written, and words of the reason that must be given."""
+
+    write: Callable[[Pair, Path], Path]
+    says: str
+    needs_bias: bool = False
+
+
+BROKEN_DUMPS = {
+    "another-prompts-dump": BrokenDump(
+        write=another_prompts, says="row 3 of its embedding is that of token 13, the prompt has 12"
+    ),
+    "a-longer-prompts-dump": BrokenDump(write=a_longer_prompts, says="holds 9 rows"),
+    "stale-files": BrokenDump(write=with_stale_files, says="found another file"),
+    "swapped-sides": BrokenDump(write=of_the_oracle, says="it is a dump of the oracle"),
+    "matmul-after-bias": BrokenDump(
+        write=moved("qkv_matmul", "qkv_bias"), says="after the bias", needs_bias=True
+    ),
+    "bias-before-bias": BrokenDump(
+        write=moved("qkv_bias", "qkv_matmul"), says="before the bias", needs_bias=True
+    ),
+}
+
+
+def broken_dump(pair: Pair, name: str, folder: Path) -> str:
+    """Return what a run on such a dump says, prefixed by INCONCLUSIVE, or the error it gives."""
+    settings = settings_on(pair, BROKEN_DUMPS[name].write(pair, folder))
+    headers = open_headers(str(settings.weights), settings.oracle)
+    try:
+        return run(headers, settings, None, quiet)["verdict"]["summary"]
+    except SourceError as error:
+        return f"error: {error}"

@@ -64,7 +64,7 @@ def live(family: str, path: Path | None, threads: int = 1) -> tuple[Pair, Any]:
     torch.set_num_threads(1)
     pair = fixture_pair(family, path)
     options = {"n_threads": threads, "n_threads_batch": threads}
-    raw = LlamaCpp(pair.gguf.path, pair.model_facts, pair.architecture, options)
+    raw = LlamaCpp(pair.model.file.path, pair.model_facts, pair.architecture, options)
     return pair, harness.checked(pair, raw)
 
 
