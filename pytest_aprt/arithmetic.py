@@ -87,7 +87,7 @@ class Arithmetic:
         """What local error the arithmetic leaves once the replay has emulated it."""
         tolerance = STORAGE[self.storage]
         left = [bound for (field, how), bound in _LEFT.items() if getattr(self, field) == how]
-        return replace(tolerance, base=max(tolerance.base, *left))
+        return replace(tolerance, base=max([tolerance.base, *left]))
 
     @property
     def roundings(self) -> frozenset[tuple[str, str]]:
