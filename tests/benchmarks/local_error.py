@@ -46,7 +46,7 @@ PROFILES = ("float32", "q8_k", "q8_0", "tf32", "float16", "bfloat16")
 LENGTHS = (1, 2, 7, 64)
 SHAPES = (
     # hidden, intermediate, heads, kv heads
-    (256, 512, 4, 1),
+    (256, 512, 8, 1),  # q8_k takes blocks of 256, in qwen3 of 8 heads of 32 channels
     (512, 1280, 8, 8),
 )
 PROBED = {
