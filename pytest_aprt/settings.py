@@ -184,7 +184,7 @@ def read_settings(get: Get, *, command: str) -> Settings:
         raise SettingsError(
             "--aprt-dump needs the whole run, which --aprt-stop-at-first may end: leave out one"
         )
-    return Settings(
+    settings = Settings(
         model_side=tested,
         oracle_side=other,
         prompts=asked if asked or tokens or sets or "dump" in kinds else (DEFAULT_PROMPT,),
@@ -203,6 +203,12 @@ def read_settings(get: Get, *, command: str) -> Settings:
         baseline=Path(baseline) if baseline else None,
         command=command,
     )
+    if settings.stop_at_first and (settings.weights is None or not settings.has_shadow):
+        raise SettingsError(
+            "--aprt-stop-at-first needs a shadow, which this run has not: without the model's "
+            "weights, or beside an oracle that is a dump or an engine, leave it out"
+        )
+    return settings
 
 
 _RUNS = {

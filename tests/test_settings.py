@@ -183,6 +183,16 @@ def test_of_a_dump_without_weights_total_alone_is_judged(read, tmp_path):
     assert read(aprt_model=str(tmp_path), aprt_weights="a.gguf").has_shadow
 
 
+def test_a_run_that_may_stop_early_has_a_shadow_and_no_dump(read, tmp_path):
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    with pytest.raises(SettingsError, match="needs a shadow, which this run has not"):
+        read(aprt_model=str(dump), aprt_stop_at_first=True)
+    with pytest.raises(SettingsError, match="--aprt-dump needs the whole run"):
+        read(aprt_dump=str(dump), aprt_stop_at_first=True)
+    assert read(aprt_stop_at_first=True).stop_at_first
+
+
 @pytest.mark.parametrize(
     ("files", "kind"),
     [

@@ -4,8 +4,9 @@
 
 The pair is random (``synthetic.py``, extra ``llamacpp``) and made in DIR where it is not there yet:
 1.4 GB for 0.5b, 11 GB for 7b-half, 20 GB for 7b. Every row of the table is a process of its own,
-warm, one after the other (Linux): the whole pytest command with its report; transformers on both
-sides with a hook on every module, which compares nothing; and what the machine can do at best.
+warm, one after the other (Linux): the whole pytest command with its report, with and without steps
+to decode; transformers on both sides with a hook on every module, which neither decodes nor
+compares (extra ``test``); and what the machine can do at best.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tabulate import tabulate
 DISK_GB = {"tiny": 0.1, "0.5b": 1.5, "mid": 1.5, "7b-half": 11, "7b": 20}
 TOKENS = (3838, 374, 220, 17, 10, 17, 30)  # "What is 2+2?" as Qwen2.5 splits it
 FLOAT32_FITS = ("tiny", "0.5b", "mid")
+NO_STEPS = "--aprt-decode-steps=0"
 SPARE_GB = 1.5  # memory left to the machine: a process that takes more is ended
 
 TODAY = """
@@ -166,13 +168,14 @@ def shares(at: Path, report: Path, limit_s: float) -> dict[str, float]:
     found = report.parent / "samples.json"
     here = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    ran(main_job(at, report, "-p", "sampling"), limit_s,
+    ran(main_job(at, report, NO_STEPS, "-p", "sampling"), limit_s,
         {"PYTHONPATH": path, "APRT_SAMPLES": str(found)})  # fmt: skip
     return json.loads(found.read_text())["shares"]
 
 
-def table(ours: Ran, theirs: dict[str, Ran]) -> str:
-    rows, named = [], {"pytest --aprt-model": ours, **theirs}
+def table(ours: Ran, decoding: Ran, theirs: dict[str, Ran]) -> str:
+    rows = []
+    named = {"pytest, --aprt-decode-steps=0": ours, "pytest, 3 steps decoded": decoding, **theirs}
     if theirs:
         named["transformers, both"] = Ran(
             sum(r.wall_s for r in theirs.values()),
@@ -208,7 +211,8 @@ def main() -> int:
         at = pair(asked.shape, asked.folder or Path(temporary) / "pairs")
         report = Path(temporary) / "report"
         machine = limits(at)  # which reads the files: from here on all is warm
-        ours = ran(main_job(at, report), asked.limit)
+        decoding = ran(main_job(at, report), asked.limit)
+        ours = ran(main_job(at, report, NO_STEPS), asked.limit)
         verdict = json.loads((report / "report.json").read_text())["verdict"]["status"]
         dtype = "float32" if asked.shape in FLOAT32_FITS else "bfloat16"
         theirs = {}
@@ -222,7 +226,7 @@ def main() -> int:
     print(f"\n{asked.shape}, {len(TOKENS)} tokens, verdict {verdict}; "
           f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           + ", ".join(f"{p} {version(p)}" for p in packages) + "\n")  # fmt: skip
-    print(table(ours, theirs), "\n")
+    print(table(ours, decoding, theirs), "\n")
     print(tabulate(machine, ["the machine's limits", ""], "github"), "\n")
     rows = [[what, f"{share:.1%}"] for what, share in where.items()]
     print(tabulate(rows, ["the main job's time", "share"], "github", disable_numparse=True))

@@ -461,7 +461,8 @@ SHAPED_FAULTS = (
           changes={"qkv_matmul": lambda v, w: np.roll(v, -1, axis=-1)}),
     Fault(name="qk-norms-exchanged", like="two norms exchanged by name", needs=has_qk_norm,
           changes={"q_post_rope": with_norm_of("q", "k"), "k_post_rope": with_norm_of("k", "q")}),
-    Fault(name="qk-norm-over-all-heads", like="OLMo's QK-norm", needs=has_qk_norm,
+    Fault(name="qk-norm-over-all-heads", like="OLMo's QK-norm",
+          needs=lambda pair: has_qk_norm(pair) and grouped(pair),
           changes={"q_post_rope": normed_over_heads("q"), "k_post_rope": normed_over_heads("k")}),
     Fault(name="last-token-1.5-percent", like="a path of its own for the last token", changes={
         "ffn_out": lambda v, w: np.concatenate([v[:-1], v[-1:] * F32(1.015)])}),
