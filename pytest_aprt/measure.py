@@ -369,7 +369,7 @@ def readings_of(
     found = [
         reading
         for arithmetic in others
-        if arithmetic.storage == dtype
+        if arithmetic.storage in ("float32", dtype)
         and (reading := _reading(point, value, replays, view, arithmetic)) is not None
         and _is_far_better(reading, first, across=bool(bracket))
     ]
