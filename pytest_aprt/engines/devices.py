@@ -16,8 +16,8 @@ def require_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        torch.zeros(1, device=name).cpu()  # `meta` holds nothing that could be read
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         said = " ".join(str(error).split())
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         here = ["cpu", *(f"cuda:{index}" for index in range(count))]

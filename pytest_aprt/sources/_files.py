@@ -213,8 +213,8 @@ def mapped(path: Path) -> mmap.mmap:
 class Reader:
     """Reads parts of a file into memory that is there already; threads may share it.
 
-    A mapped page is mapped anew whenever its weights pass, under a lock that all threads share:
-    reading took a seventh less time on 2 cores, and what is read this way is no memory of ours.
+    A mapped page is mapped anew whenever its weights pass, under a lock that all threads share;
+    what is read this way is no memory of ours.
 
     Raises:
         SourceError: the file cannot be opened.

@@ -313,7 +313,7 @@ def test_an_attention_that_is_not_there():
     assert "transformers does not load " in text
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "warp", "xla"])
+@pytest.mark.parametrize("device", ["cuda:99", "warp", "xla", "hpu", "meta"])
 def test_a_device_that_is_not_there(device):
     text = failure(SettingsError, folder_of("qwen2"), device=device)
     assert text.startswith(f"--aprt-device={device}: torch ") and "here are cpu" in text
