@@ -1,4 +1,4 @@
-"""Memory that each thread keeps for what it computes again and again.
+"""Memory: what each thread keeps for what it computes again and again, and what is given back.
 
 Fresh memory is dear: in a thread that is not the main one the C library gives every large block
 back to the system, which hands it out again page by page, zeroed. The passes over a 7B pair took a

@@ -25,6 +25,9 @@ from pytest_aprt.quants import type_of
 from pytest_aprt.sources.gguf import GgufFile
 from pytest_aprt.sources.hf import FLOATS, HfFolder
 
+BUFFER = "self_attn.rotary_emb.inv_freq"
+"""In a layer of older checkpoints; transformers forms it anew."""
+
 HEADS = ("output.weight", HEAD)
 """How checkpoints call the output projection."""
 
@@ -170,7 +173,7 @@ class HfCheckpoint:
         return {name: plain.get(name, quantised) for name in _names(self)}
 
     def _is_ignored(self, name: str) -> bool:
-        return name.endswith(".rotary_emb.inv_freq") or (name == HEAD and self._is_tied)
+        return name.endswith(BUFFER) or (name == HEAD and self._is_tied)
 
     @property
     def _is_tied(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt.architectures import Architecture
 from pytest_aprt.checkpoints import (
+    BUFFER,
     Checkpoint,
     checkpoint_of,
     family_of,
@@ -23,9 +24,6 @@ from pytest_aprt.stages import StageGraph
 
 if TYPE_CHECKING:
     from pytest_aprt.weights import HfWeights, ModelWeights
-
-BUFFERS = ("self_attn.rotary_emb.inv_freq",)
-"""In a layer of older checkpoints; transformers forms them anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +141,7 @@ def _refuse_unknown_tensors(folder: HfFolder, architecture: Architecture) -> Non
     """Refuse an oracle that computes with more than its family's row names, such as biases."""
     first = "model.layers.0."
     own = {name.removeprefix(first) for name in folder.names if name.startswith(first)}
-    unknown = own.difference(architecture.layer_tensors, BUFFERS)
+    unknown = own.difference(architecture.layer_tensors, {BUFFER})
     if unknown:
         raise ArchitectureError(
             f"{folder.path}: its layers hold {', '.join(sorted(unknown))}, which no "

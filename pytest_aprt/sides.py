@@ -1,7 +1,8 @@
-"""Two sides of which only `total` can be measured: the model's weights, or the oracle, are unknown.
+"""Two sides without transformers' code to run on the model's weights: no shadow of that kind.
 
 A dump does not hold the weights behind it, so without ``--aprt-weights`` there is no shadow and no
-replay; an oracle that is a dump has no code to run on the model's weights.
+replay, and an oracle that is a dump has no code: `total` is all that can be measured. An oracle
+that is an engine is its own shadow, and each side is replayed (``two_engines``).
 """
 
 from __future__ import annotations

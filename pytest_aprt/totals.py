@@ -1,4 +1,7 @@
-"""A run in which `total` alone is measured: the model's stages against the oracle's.
+"""A run without the oracle's code: the model's stages against the oracle's, `total` first of all.
+
+Where the oracle is an engine, each side's own replay is added (``two_engines``); else `total` is
+alone.
 
 What agrees passes. What does not agree is left open, since quantised weights may explain it; only
 non-finite values that appear behind finite inputs are an origin, whatever the weights are.
