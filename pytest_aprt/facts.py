@@ -30,9 +30,7 @@ class RopeScaling:
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    whole_pairs: bool = (
-        True  # the ramp of yarn begins and ends at a pair, as in GGUF it always does
-    )
+    whole_pairs: bool = True  # yarn's ramp begins and ends at a pair, as in GGUF it always does
     divisors: tuple[float, ...] = ()
 
     @property

@@ -86,8 +86,10 @@ class Checks:
                       "stage: one capture was written twice, or the layer did not run")  # fmt: skip
 
     def oracle_layer(self, oracle: TransformersRunner, tokens: Sequence[int]) -> None:
-        """Run the oracle's first layer again, observed and unobserved, on as much of the prompt
-        as needs no strips."""  # noqa: D205, D209
+        """Run the oracle's first layer again, observed and unobserved.
+
+        As much of the prompt is run as needs no strips.
+        """
         prelude = oracle.prelude(tokens[: longest_whole(oracle.config.num_attention_heads)])
         first: dict[str, Tensor] = {}
         again: dict[str, Tensor] = {}

@@ -50,14 +50,15 @@ class Replayed:
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """Both sides; ``shadow`` is the oracle's engine on the model's weights, None where it is the
-    oracle."""  # noqa: D205, D209
+    """Both sides, and what the oracle's own replay finds.
+
+    ``shadow`` is the oracle's engine on the model's weights, None where it is the oracle.
+    """
 
     model: Replayed
     oracle: Replayed
     shadow: Engine | None
     of_oracle: list[PointErrors] = field(default_factory=list)
-    """What the oracle's own replay finds."""
 
     def settle(self, errors: Sequence[PointErrors], checks: Checks) -> list[PointErrors]:
         """Return the model's errors, each in its arithmetic; the oracle's are a self-test."""

@@ -16,7 +16,7 @@ def require_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name).cpu()  # `meta` holds nothing that could be read
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         said = " ".join(str(error).split())
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextvars
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from functools import partial
 from typing import Any
 
@@ -307,15 +308,13 @@ def _quiet() -> Iterator[None]:
     """Keep transformers from showing how it loads; what goes wrong is raised."""
     from transformers.utils import logging
 
-    verbosity, shows = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # one of its progress bars knows no switch
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if shows:
-            logging.enable_progress_bar()
 
 
 def _told(error: Exception) -> str:
