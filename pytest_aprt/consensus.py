@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from pytest_aprt.arithmetic import EXACT, Arithmetic
-from pytest_aprt.compare import Metrics, Slice
+from pytest_aprt.readings import PointErrors, Reading
 from pytest_aprt.stages import Point
-
-if TYPE_CHECKING:
-    from pytest_aprt.measure import PointErrors
 
 Group = tuple[str, ...]
 """A stage and the missing stages that its replay bridged: such points have one arithmetic."""
@@ -27,30 +23,6 @@ _ENOUGH = 3
 _LEAST_SUPPORT = 2
 """Points of a run that each rounding of an arithmetic must help to explain; one alone may be a
 fault that looks like it. The head is one point: it is read by what rounds elsewhere."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """The local error of a point, if its stage was computed in this arithmetic."""
-
-    arithmetic: Arithmetic
-    local: Metrics
-    worst: Slice | None
-
-    @property
-    def explains(self) -> bool:
-        """Whether nothing but rounding is left."""
-        return explains(self.worst)
-
-    @property
-    def undoubted(self) -> float:
-        """The worst slice's relative error, without what lies on the edge of two roundings."""
-        return 0.0 if self.worst is None else self.worst.excess * self.arithmetic.tolerance.base
-
-
-def explains(worst: Slice | None) -> bool:
-    """Return whether a point's worst slice leaves nothing but rounding."""
-    return worst is None or worst.excess <= 1
 
 
 def group_of(point: Point, bracket: Sequence[Point]) -> Group:

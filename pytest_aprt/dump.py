@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_aprt.capture import LayerStages
-    from pytest_aprt.measure import Keep, Prompt
+    from pytest_aprt.measure import Keep
+    from pytest_aprt.readings import Prompt
     from pytest_aprt.strips import Strips
 
 

@@ -24,8 +24,8 @@ from pytest_aprt.weights import WeightSource, row_chunks
 
 if TYPE_CHECKING:
     from pytest_aprt.dump import DumpRunner
-    from pytest_aprt.measure import PointErrors
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import PointErrors
     from pytest_aprt.sides import Sides
 
 SAME_ROW = 0.9999

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pytest_aprt.stages import Stage
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import PointErrors
+    from pytest_aprt.readings import PointErrors
 
 _Test = Callable[[Stage, "PointErrors"], bool]
 

@@ -15,25 +15,24 @@ import torch
 from torch import Tensor
 
 from pytest_aprt import selftest
-from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
+from pytest_aprt.arithmetic import PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import (
     TOP_DIFFS,
     Comparison,
-    Metrics,
-    Slice,
     View,
     judge,
     measure,
     measure_each,
 )
-from pytest_aprt.consensus import Group, Reading, Tally, explains, group_of, settled
+from pytest_aprt.consensus import Group, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Watch, compute_threads, together
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
+from pytest_aprt.readings import Finals, PointErrors, Prompt, Reading, explains
 from pytest_aprt.replay import Context, UnfitError, visible
 from pytest_aprt.rounding import fits
 from pytest_aprt.rungs.weights import TensorRow, Watched, layer_rows, model_rows
@@ -50,43 +49,6 @@ products cost more than reading the weights once more."""
 
 Keep = Callable[[str, int, Iterator[LayerStages]], Iterator[LayerStages]]
 """Called with the side and the index of the prompt; sees every layer that passes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A text and its token ids; the text is empty where ids were given."""
-
-    text: str
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PointErrors:
-    """The four errors of one point on one prompt.
-
-    ``local`` and ``worst`` are those of the one of the ``readings`` that is in the stage's own
-    ``arithmetic``, else of the first, the exact one. ``bracket`` names the missing stages that
-    the replay had to bridge: an error of this point was born in one of them or here.
-    ``born_non_finite`` counts NaN and Inf that appear although every parent is wholly finite.
-    ``only_total`` says why nothing but `total` could be measured, where that is so. ``stood_in``:
-    the replay read the shadow's K or V of earlier positions, which the model's side did not expose.
-    """
-
-    point: Point
-    prompt: int
-    shape: tuple[int, ...]
-    missing: bool = False
-    total: Metrics | None = None
-    weights: Metrics | None = None
-    engine: Metrics | None = None
-    local: Metrics | None = None
-    worst: Slice | None = None
-    arithmetic: Arithmetic = EXACT
-    readings: tuple[Reading, ...] = ()
-    born_non_finite: int = 0
-    bracket: tuple[Point, ...] = ()
-    only_total: str = ""
-    stood_in: bool = False
 
 
 @dataclass(kw_only=True)
@@ -109,16 +71,6 @@ class Stop:
     """Asks for the runs to end early; ``fed`` are the stages that a broken fact feeds."""
 
     fed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finals:
-    """The whole-model stages of one prompt on all three runs."""
-
-    prompt: Prompt
-    model: Mapping[str, Tensor]
-    shadow: Mapping[str, Tensor]
-    oracle: Mapping[str, Tensor]
 
 
 class _Lane:

@@ -10,7 +10,7 @@ from pytest_aprt.stages import STAGES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pytest_aprt.measure import PointErrors, Prompt
+    from pytest_aprt.readings import PointErrors, Prompt
 
 READS_ALL = {"attn_scores": "K", "attention": "V"}
 """The stages that read earlier positions than their own, and what of them."""

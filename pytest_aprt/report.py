@@ -22,7 +22,8 @@ from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
     from pytest_aprt.compare import Metrics, Slice
-    from pytest_aprt.measure import Measurement, PointErrors, Prompt
+    from pytest_aprt.measure import Measurement
+    from pytest_aprt.readings import PointErrors, Prompt
     from pytest_aprt.rungs import Row
     from pytest_aprt.rungs.config import FactRow
     from pytest_aprt.rungs.weights import TensorRow

@@ -22,11 +22,12 @@ from pytest_aprt.dump_checks import swapped_sides
 from pytest_aprt.engines.choose import Chosen, engine_of
 from pytest_aprt.errors import SettingsError
 from pytest_aprt.matrices import compute_threads
-from pytest_aprt.measure import Keep, Progress, Prompt, Stop, measure_pair
+from pytest_aprt.measure import Keep, Progress, Stop, measure_pair
 from pytest_aprt.options import DEFAULT_PROMPT
 from pytest_aprt.pair import Headers, Pair, open_pair
 from pytest_aprt.positions import note_on
 from pytest_aprt.prompts import PROMPT_SETS, Cut
+from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs import LOGITS, PATH, Row, decode_names, following, unavailable
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows

@@ -23,8 +23,8 @@ from pytest_aprt.statuses import SELF_TESTS
 from pytest_aprt.strips import Strips, longest_whole
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import PointErrors
     from pytest_aprt.oracle import TransformersRunner
+    from pytest_aprt.readings import PointErrors
 
 
 @dataclass(frozen=True, kw_only=True)

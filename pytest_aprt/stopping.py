@@ -15,7 +15,7 @@ from pytest_aprt.consensus import Tally, group_of
 from pytest_aprt.stages import Point, StageGraph
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import PointErrors
+    from pytest_aprt.readings import PointErrors
 
 
 class Decider:

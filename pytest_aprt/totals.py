@@ -25,17 +25,10 @@ from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.engines.choose import Chosen, engine_of
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.matrices import compute_threads
-from pytest_aprt.measure import (
-    Finals,
-    Keep,
-    Measurement,
-    PointErrors,
-    Progress,
-    Prompt,
-    readings_of,
-)
+from pytest_aprt.measure import Keep, Measurement, Progress, readings_of
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.positions import first_of, last, note_on
+from pytest_aprt.readings import Finals, PointErrors, Prompt
 from pytest_aprt.run import (
     facts_of_run,
     notes_on,

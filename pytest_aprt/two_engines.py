@@ -19,8 +19,8 @@ from pytest_aprt.capture import Engine
 from pytest_aprt.consensus import Tally, settled
 from pytest_aprt.engines.choose import Chosen, engine_of
 from pytest_aprt.facts import Facts
-from pytest_aprt.measure import PointErrors, Prompt
 from pytest_aprt.preludes import prelude_of
+from pytest_aprt.readings import PointErrors, Prompt
 from pytest_aprt.run import profile_of
 from pytest_aprt.selftest import Checks
 from pytest_aprt.stages import StageGraph

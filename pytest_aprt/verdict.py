@@ -13,7 +13,8 @@ from typing import Any
 
 from pytest_aprt.compare import Metrics
 from pytest_aprt.hints import hint_for
-from pytest_aprt.measure import Measurement, PointErrors
+from pytest_aprt.measure import Measurement
+from pytest_aprt.readings import PointErrors
 from pytest_aprt.rungs import LADDER, Row
 from pytest_aprt.rungs.config import FactRow
 from pytest_aprt.rungs.weights import STAGE_OF_TENSOR, TensorRow

@@ -10,8 +10,9 @@ import numpy as np
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Prompt, Stop, measure_pair
+from pytest_aprt.measure import Stop, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
+from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.settings import Settings, read_settings
 from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor

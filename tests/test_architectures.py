@@ -15,9 +15,10 @@ from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.capture import CheckedEngine
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers, open_pair
+from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.testing import NumpyEngine, write_random_pair
 

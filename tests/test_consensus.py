@@ -9,8 +9,8 @@ import torch
 
 from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, Arithmetic
 from pytest_aprt.compare import Slice, View, measure
-from pytest_aprt.consensus import Reading, Tally, explains, group_of, in_words, settled
-from pytest_aprt.measure import PointErrors
+from pytest_aprt.consensus import Tally, group_of, in_words, settled
+from pytest_aprt.readings import PointErrors, Reading, explains
 from pytest_aprt.stages import STAGES, Point
 
 Q8 = Arithmetic(name="q8_k", inputs="q8_k")

@@ -26,9 +26,10 @@ from pytest_aprt.capture import LayerStages
 from pytest_aprt.dump import DumpRunner, kept_in
 from pytest_aprt.dump_checks import CheckedDump
 from pytest_aprt.errors import SettingsError, SourceError
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers
+from pytest_aprt.readings import Prompt
 from pytest_aprt.run import run
 from pytest_aprt.settings import read_settings
 from pytest_aprt.sources.aprt import DumpFolder

@@ -24,10 +24,10 @@ from harness import (
 
 from pytest_aprt.dump import DumpRunner, kept_in
 from pytest_aprt.dump_checks import CheckedDump
-from pytest_aprt.measure import Prompt
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers
 from pytest_aprt.positions import READS_ALL, token_axis
+from pytest_aprt.readings import Prompt
 from pytest_aprt.run import run
 from pytest_aprt.sides import open_sides
 from pytest_aprt.totals import run_totals

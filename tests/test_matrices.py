@@ -14,8 +14,9 @@ from pytest_aprt.architectures import HEAD
 from pytest_aprt.arithmetic import PROFILES
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.matrices import Matrix, compute_threads, in_threads, together, until
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
 from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.readings import Prompt
 from pytest_aprt.testing import NumpyEngine
 
 TOKENS = (5, 9, 300, 22, 7, 8, 100)

@@ -23,7 +23,8 @@ gguf, hf, count = sys.argv[1:]
 import torch, transformers.models.qwen2
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
+from pytest_aprt.readings import Prompt
 from pytest_aprt.pair import open_headers, open_pair
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1000

@@ -14,9 +14,9 @@ from faults.engines import ARITHMETICS
 from harness import checked, faulty, fixture_pair
 
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.measure import Finals, Prompt
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import open_headers, open_pair
+from pytest_aprt.readings import Finals, Prompt
 from pytest_aprt.rungs import LOGITS, PATH, decode_names
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import NEAR_TIE, SIDES, logit_rows, summarised

@@ -10,8 +10,9 @@ from faults.engines import ARITHMETICS, SUBSETS, Hiding
 from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of
 
 from pytest_aprt.arithmetic import EXACT, PROFILES
-from pytest_aprt.consensus import Reading, Tally
+from pytest_aprt.consensus import Tally
 from pytest_aprt.measure import Stop
+from pytest_aprt.readings import Reading
 from pytest_aprt.rungs.config import fact_rows
 
 OTHER = (9, 640, 12, 77)

@@ -9,7 +9,8 @@ import pytest
 
 from pytest_aprt.architectures import ARCHITECTURES
 from pytest_aprt.compare import Metrics, Slice
-from pytest_aprt.measure import Measurement, PointErrors
+from pytest_aprt.measure import Measurement
+from pytest_aprt.readings import PointErrors
 from pytest_aprt.rungs.config import FactRow
 from pytest_aprt.rungs.weights import TensorRow
 from pytest_aprt.selftest import SelfTest

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from pytest_aprt.capture import Engine
     from pytest_aprt.captures import Captures
     from pytest_aprt.contracts.contract import Contract, Falsifier
-    from pytest_aprt.measure import Prompt
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Prompt
     from pytest_aprt.report import Report
 
 OUTCOMES = ("passed", "failed", "error", "blocked", "unbound")

@@ -13,8 +13,8 @@ from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.options import DEFAULT_DEVICE
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import Prompt
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Prompt
     from pytest_aprt.settings import Side
     from pytest_aprt.sides import Sides
     from pytest_aprt.weights import ModelWeights

@@ -17,8 +17,8 @@ from pytest_aprt.errors import CaptureError, EngineError, SettingsError, SourceE
 from pytest_aprt.options import DEFAULT_ENGINE_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import Prompt
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Prompt
     from pytest_aprt.sides import Sides
 
 

@@ -22,8 +22,8 @@ from pytest_aprt.rungs.logits import SIDES, Logits, heads, row_of, summarised
 from pytest_aprt.stages import STAGES, Point
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import Finals
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Finals
 
 _FLOOR = 1e-4
 """Distance between a step and the prefill that rounding explains: other kernels run for one row.

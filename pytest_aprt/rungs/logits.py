@@ -23,8 +23,8 @@ from pytest_aprt.rungs import LOGITS, Row, unavailable
 from pytest_aprt.weights import row_chunks
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import Finals
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Finals
     from pytest_aprt.sides import Sides
 
 NEAR_TIE = 0.06

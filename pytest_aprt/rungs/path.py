@@ -13,8 +13,8 @@ from pytest_aprt.rungs import PATH, Row, unavailable
 from pytest_aprt.rungs.logits import NEAR_TIE
 
 if TYPE_CHECKING:
-    from pytest_aprt.measure import Finals
     from pytest_aprt.pair import Pair
+    from pytest_aprt.readings import Finals
     from pytest_aprt.sides import Sides
 
 _VERDICT = "differ: the traced path is not the path that users run"

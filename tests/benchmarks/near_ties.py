@@ -15,8 +15,8 @@ from faults.engines import ARITHMETICS
 from harness import checked, faulty, fixture_pair
 from tabulate import tabulate
 
-from pytest_aprt.measure import Finals, Prompt
 from pytest_aprt.oracle import TransformersRunner
+from pytest_aprt.readings import Finals, Prompt
 from pytest_aprt.rungs.logits import at_all
 
 TEXT = "".join(p.read_text("utf-8")[:3000] for p in sorted(Path(__file__).parent.glob("*.py")))

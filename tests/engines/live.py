@@ -8,8 +8,9 @@ import int8  # enters its quantiser  # noqa: F401
 import numpy as np
 from harness import FIXTURES, THRESHOLDS, TOKENS
 
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
 from pytest_aprt.pair import open_headers
+from pytest_aprt.readings import Prompt
 from pytest_aprt.run import profile_of, set_up
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.settings import read_settings

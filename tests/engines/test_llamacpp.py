@@ -16,7 +16,8 @@ from harness import FIXTURES, TOKENS, fixture_pair, verdict_of
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines.llamacpp import CHANGES, EXACT, LlamaCpp
 from pytest_aprt.errors import EngineError, SettingsError
-from pytest_aprt.measure import Prompt, measure_pair
+from pytest_aprt.measure import measure_pair
+from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.path import path_rows
 

@@ -12,9 +12,9 @@ from harness import TOKENS, Changed, builtin, checked, quiet, settings_on, verdi
 
 from pytest_aprt.dump import kept_in
 from pytest_aprt.errors import SourceError
-from pytest_aprt.measure import Prompt
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.pair import Pair, open_headers
+from pytest_aprt.readings import Prompt
 from pytest_aprt.run import run
 from pytest_aprt.testing import NumpyEngine
 from pytest_aprt.verdict import Verdict

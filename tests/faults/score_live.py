@@ -35,8 +35,9 @@ from faults.live import IN_THE_ENGINE, IN_THE_FILE, plant  # noqa: E402
 from faults.score import quantised  # noqa: E402
 from pytest_aprt.arithmetic import profile_named  # noqa: E402
 from pytest_aprt.engines.llamacpp import LlamaCpp  # noqa: E402
-from pytest_aprt.measure import Prompt, measure_pair  # noqa: E402
+from pytest_aprt.measure import measure_pair  # noqa: E402
 from pytest_aprt.pair import Pair  # noqa: E402
+from pytest_aprt.readings import Prompt  # noqa: E402
 from pytest_aprt.rungs.config import fact_rows  # noqa: E402
 from pytest_aprt.rungs.decode import decode_rows  # noqa: E402
 from pytest_aprt.rungs.path import path_rows  # noqa: E402
