@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -243,7 +244,7 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
         weights = []
         for matrix, x, out in zip(matrices, stacked, found, strict=True):
             weights.append(matrix.piece(rows))
-            out[:, rows.start : rows.stop] = x @ weights[-1].T
+            out[:, rows.start : rows.stop] = _product(x, weights[-1])
         if both and watch is not None:
             name = matrices[0].name
             watch(name, rows.start, weights[sides["model"]], weights[sides["oracle"]])
@@ -251,6 +252,27 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
     in_threads(one, matrices[0].pieces())
     parts = {m: f.split([len(x) for x in asked[m]]) for m, f in zip(matrices, found, strict=True)}
     return [parts[r.matrix][place] for r, place in zip(requests, places, strict=True)]
+
+
+def _fused() -> Callable[..., Tensor] | None:
+    """Return oneDNN's product where torch has it: for x86 alone, elsewhere it may round to less."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_onednn = _fused()
+
+
+def _product(x: Tensor, weights: Tensor) -> Tensor:
+    """Return ``x @ weights.T``.
+
+    Of so few rows oneDNN takes half the time of the library behind ``@`` (14 rows of 3584 columns:
+    136 GFLOP/s beside 77; of 18944: 121 beside 52), and its sums are as exact.
+    """
+    if _onednn is None:
+        return x @ weights.T
+    return _onednn(x, weights, None, "none", [], "")
 
 
 # -- threads ---------------------------------------------------------------------------------------

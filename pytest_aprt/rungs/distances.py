@@ -36,10 +36,20 @@ class Distance:
         return ratio(self.error, self.norm)
 
 
-def distance_of(
+def distance_of(model: Tensor, oracle: Tensor) -> Distance:
+    """Measure a tensor that is at hand, a few rows at a time."""
+    pieces = zip(_pieces(model), _pieces(oracle), strict=True)
+    start, found = 0, []
+    for a, b in pieces:
+        found.append(moved(piece_distance(a, b), start))
+        start += len(a)
+    return summed(found)
+
+
+def piece_distance(
     model: Tensor, oracle: Tensor, beyond: float = 0.0, *, overwrite: bool = False
 ) -> Distance:
-    """Measure a tensor that is at hand, a few rows at a time.
+    """Measure a piece that fits in cache; runs and rows in float32, their sums in float64.
 
     Args:
         model: the tensor that is judged.
@@ -47,16 +57,6 @@ def distance_of(
         beyond: blocks up to this distance need not be told apart.
         overwrite: whether ``model`` may be overwritten, which spares memory and time.
     """
-    pieces = zip(_pieces(model), _pieces(oracle), strict=True)
-    start, found = 0, []
-    for a, b in pieces:
-        found.append(moved(_piece_distance(a, b, beyond, overwrite), start))
-        start += len(a)
-    return summed(found)
-
-
-def _piece_distance(model: Tensor, oracle: Tensor, beyond: float, overwrite: bool) -> Distance:
-    """Measure a piece that fits in cache; runs and rows in float32, sums of them in float64."""
     if oracle.dim() != 2 or oracle.shape[1] % BLOCK:
         b = oracle.double()
         error = float((model.double() - b).square().sum())
@@ -66,19 +66,22 @@ def _piece_distance(model: Tensor, oracle: Tensor, beyond: float, overwrite: boo
     # A block is no farther than the run of blocks around it, and its norm is taken as its row's
     # mean or larger: a sieve that lets no farther one pass.
     run = next(size for size in _RUNS if oracle.shape[1] % size == 0)
-    errors = torch.linalg.vector_norm(difference.view(-1, run), dim=1).double().square()
-    norms = torch.linalg.vector_norm(oracle, dim=1).double().square()
-    mean = (norms / (oracle.shape[1] // BLOCK)).clamp(min=1e-30)
-    farthest = float((errors.view(len(oracle), -1).amax(1) / mean).max())
+    errors = _norm(difference.view(len(oracle), -1, run), dim=2)
+    norms = _norm(oracle, dim=1)
+    farthest = float((errors.amax(1) / norms).max()) * math.sqrt(oracle.shape[1] / BLOCK)
     worst = (0.0, 0, 0)
-    if not farthest <= beyond**2:
+    if not farthest <= beyond:  # nor where a row is nothing on both sides
         sizes = _relative(_block_sums(difference, "errors"), _block_norms(oracle))
         row = int(sizes.amax(1).argmax())  # a NaN is the largest; far faster than argmax of all
         size, block = sizes[row].max(0)
         if size != 0:
             far = math.sqrt(float(size.nan_to_num(math.inf, math.inf)))
             worst = far, row, int(block) * BLOCK
-    return Distance(float(errors.sum()), float(norms.sum()), worst)
+    error, norm = (float(_norm(part, dtype=torch.float64)) ** 2 for part in (errors, norms))
+    return Distance(error, norm, worst)
+
+
+_norm = torch.linalg.vector_norm
 
 
 def moved(distance: Distance, rows: int) -> Distance:

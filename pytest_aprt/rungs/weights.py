@@ -13,7 +13,7 @@ from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD
 from pytest_aprt.matrices import compare
 from pytest_aprt.quants import QUANT_TYPES
 from pytest_aprt.rungs.diagnosis import Case, diagnose, figures, misplaced
-from pytest_aprt.rungs.distances import Distance, distance_of, moved, summed
+from pytest_aprt.rungs.distances import Distance, distance_of, moved, piece_distance, summed
 from pytest_aprt.stages import STAGES, Stage
 from pytest_aprt.weights import row_chunks
 
@@ -60,7 +60,7 @@ class Watched:
     def __call__(self, name: str, start: int, model: Tensor, oracle: Tensor) -> None:
         """Take a piece that begins at row ``start``; called from several threads."""
         _, beyond = _bounds(self._pair, self._stored(name))
-        part = moved(distance_of(model, oracle, beyond, overwrite=True), start)
+        part = moved(piece_distance(model, oracle, beyond, overwrite=True), start)
         self._parts.setdefault(name, []).append(part)
 
     def _stored(self, name: str) -> str:

@@ -24,6 +24,8 @@ _BITS_45 = 0x3030303030303030
 
 _BITS_05, _BITS_03, _BITS_45S = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030
 
+_HALVES_OF_BYTES = torch.tensor([[0], [4]], dtype=torch.int32)
+
 _SPREAD = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).mul(16)
 _SPREAD_BITS = _SPREAD.contiguous().view(torch.int64).view(-1)
 """Byte -> its eight bits, each as bit 4 of a byte."""
@@ -70,12 +72,15 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     Twelve bytes hold eight of six bits each; a column of four bytes is taken apart as one integer.
     """
     words = blocks[:, :16].clone(memory_format=torch.contiguous_format).view(torch.int32)
-    factors, low, mid, high = words.T.clone(memory_format=torch.contiguous_format)
-    scales = [low & _BITS_05, (high & _BITS_03) | ((low >> 2) & _BITS_45S)]
-    mins = [mid & _BITS_05, ((high >> 4) & _BITS_03) | ((mid >> 2) & _BITS_45S)]
-    halves = factors.view(torch.float16).view(-1, 2).T.contiguous().float()
-    found = [torch.stack(runs, dim=1).view(torch.uint8).float() for runs in (scales, mins)]
-    return found[0].mul_(halves[0, :, None]), found[1].mul_(halves[1, :, None])
+    factors, both, last = words.T.clone(memory_format=torch.contiguous_format).split((1, 2, 1))
+    found = torch.empty(2, len(blocks), 2, dtype=torch.int32)
+    torch.bitwise_and(both, _BITS_05, out=found[..., 0])
+    upper = both.bitwise_right_shift(2).bitwise_and_(_BITS_45S)
+    lower = last.bitwise_right_shift(_HALVES_OF_BYTES).bitwise_and_(_BITS_03)
+    torch.bitwise_or(lower, upper, out=found[..., 1])
+    halves = factors.view(torch.float16).view(-1, 2).T.float()
+    scales, mins = found.view(torch.uint8).float().mul_(halves[..., None])
+    return scales, mins
 
 
 def _scaled(out: Tensor, scales: Tensor, mins: Tensor) -> None:
