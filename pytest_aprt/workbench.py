@@ -20,6 +20,7 @@ import pytest
 from pytest_aprt.engines.devices import require_device
 from pytest_aprt.engines.own import user_engine
 from pytest_aprt.errors import AprtError, SettingsError
+from pytest_aprt.garbage import seldom_collected
 from pytest_aprt.items import ROOT, ParityCollector, junit_class
 from pytest_aprt.options import DEFAULT_DEVICE
 from pytest_aprt.outcomes import Outcome, outcome_of, test_names
@@ -185,6 +186,7 @@ class Workbench:
                 f"the engine under test called pytest.{type(error).__name__.lower()}: {error}"
             ) from error
 
+    @seldom_collected()
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
         from pytest_aprt import report
         from pytest_aprt.baseline import compare
