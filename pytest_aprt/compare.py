@@ -16,7 +16,7 @@ from pytest_aprt.facts import Facts
 from pytest_aprt.images import Image, Picture, image_of, picture_of
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Stage
-from pytest_aprt.strips import Strips, each, mapped, rows
+from pytest_aprt.strips import each, mapped, rows, too_large
 
 _T = TypeVar("_T")
 
@@ -138,16 +138,21 @@ def non_finite(tensor: Tensor, view: View) -> int:
 
 
 def _by_strips(function: Callable[..., _T], view: View, *sides: Tensor) -> list[_T]:
-    """Return ``function(view, *sides)``, of every strip where one of the sides has them."""
-    strips = next((side for side in sides if isinstance(side, Strips)), None)
-    if strips is None:
+    """Return ``function(view, *sides)``, of every strip of tokens where they are many.
+
+    In float64 a large stage would take several times its memory, and leave the cache in between.
+    """
+    shape = tuple(sides[0].shape)
+    if "token" not in view.stage.axes or not too_large(shape):
         return [function(view, *sides)]
+    if len(shape) == 2:
+        shape = (1, *shape)
 
     def of_strip(queries: range) -> _T:
         made = {id(side): rows(side, queries) for side in sides}  # each once, whoever shares it
         return function(view.part(queries), *(made[id(side)] for side in sides))
 
-    return each(strips.shape, of_strip)
+    return each(shape, of_strip)
 
 
 def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False) -> Metrics:

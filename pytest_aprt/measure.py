@@ -147,6 +147,7 @@ def measure_pair(
                     lanes, _advanced(pair, lanes, layer, engine, watched), strict=True
                 ):
                     result.errors += _measure_layer(pair, lane, passed, wanted, checks)
+                del passed  # before the runs make the next layer's stages
                 if first == 0:
                     result.tensors += (
                         model_rows(pair, watched)

@@ -46,23 +46,29 @@ many times that is allowed. tests/faults/score.py bridges whole layers of 8-bit 
 class Input:
     """A parent's value, float64, how far each element moves in a probe, and how far it may be off.
 
-    ``off`` is None where the value was captured.
+    Where the value was captured ``off`` is None, and ``moved`` too: it moves by one ulp.
     """
 
     value: Tensor
-    move: Tensor
+    moved: Tensor | None = None
     off: Tensor | None = None
+
+    @property
+    def move(self) -> Tensor:
+        """How far each element moves in a probe: as large as the value, and seldom needed."""
+        if self.moved is not None:
+            return self.moved
+        return mapped(lambda x: x.abs() * FLOAT32_ULP, self.value)
 
     def part(self, change: Callable[[Tensor], Tensor]) -> Input:
         """Return a part of it, or the same in another layout."""
-        off = None if self.off is None else change(self.off)
-        return Input(change(self.value), change(self.move), off)
+        parts = (None if part is None else change(part) for part in (self.moved, self.off))
+        return Input(change(self.value), *parts)
 
 
 def captured_input(value: Tensor) -> Input:
-    """Return an input that was captured: it moves by one ulp."""
-    value = mapped(Tensor.double, value)
-    return Input(value, mapped(lambda x: x.abs() * FLOAT32_ULP, value))
+    """Return an input that was captured."""
+    return Input(mapped(Tensor.double, value))
 
 
 def replayed_input(reference: Reference, tolerance: float) -> Input:
@@ -233,8 +239,7 @@ def _in_strips(
 def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     if stage in LINEAR:
         return _linear(LINEAR[stage], context, inputs[0])
-    values, moves = [i.value for i in inputs], [i.move for i in inputs]
-    reference = _responsive(stage, context, values, moves)
+    reference = _responsive(stage, context, inputs)
     rounds = (context.arithmetic.queries, context.arithmetic.cache) != ("none", "none")
     if stage not in _PRODUCTS or not rounds:
         return reference
@@ -242,15 +247,15 @@ def _replay(stage: str, context: Context, inputs: Sequence[Input]) -> Reference:
     return replace(reference, value=value, doubt=doubt)
 
 
-def _responsive(stage: str, context: Context, inputs: Inputs, moves: Inputs) -> Reference:
-    function = _FUNCTIONS[stage]
+def _responsive(stage: str, context: Context, read: Sequence[Input]) -> Reference:
+    function, inputs = _FUNCTIONS[stage], [i.value for i in read]
     value = function(context, inputs)
 
     def respond() -> Tensor:
         square = torch.zeros_like(value)
         if not inputs:
             return square
-        probes = _probes(inputs[0])
+        moves, probes = [i.move for i in read], _probes(inputs[0])
         for probe in range(probes):
             moved = [
                 x + move * _signs(x, seed=probe * 8 + i)

