@@ -100,6 +100,14 @@ def test_a_disk_too_small_for_the_captures(healthy, monkeypatch):
     assert "No space left on device; a test asks for aprt_model" in said
 
 
+@pytest.fixture
+def interruptible():
+    """A shell has its background jobs ignore SIGINT, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 INTERRUPTING = """
     import os, signal
     from pathlib import Path
@@ -117,6 +125,7 @@ INTERRUPTING = """
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("workers", TWO, ids=["alone", "-n2"])
 def test_an_interrupt_while_the_models_run(healthy, monkeypatch, workers):
     temporary = healthy.path / "tmp"
@@ -133,6 +142,7 @@ def test_an_interrupt_while_the_models_run(healthy, monkeypatch, workers):
     assert list(temporary.glob("aprt-*")) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("workers", TWO, ids=["alone", "-n2"])
 def test_an_interrupt_while_the_tests_run(faulty, monkeypatch, workers):
     temporary = faulty.path / "tmp"
