@@ -9,6 +9,7 @@ from faults.corpus import FAULTS
 from faults.engines import ARITHMETICS, SUBSETS, Hiding
 from harness import TOKENS, builtin, checked, faulty, fixture_pair, origins_of, verdict_of
 
+from pytest_aprt import measure
 from pytest_aprt.arithmetic import EXACT, PROFILES
 from pytest_aprt.consensus import Tally
 from pytest_aprt.measure import Stop
@@ -97,13 +98,13 @@ def test_brackets(pair, shown, arithmetic):
 def test_rounding_in_one_layer_alone_waits_for_the_vote(pair):
     """Inputs rounded to 8 bits in layer 0 alone may be the engine's way, until layers say no."""
     fault = next(f for f in FAULTS if f.name == "int8-inputs")
-    for engine in (faulty(pair, fault), first_layer_only(pair)):
+    for engine in (faulty(pair, fault), rounding_first(pair, 1)):
         whole, stopped = both(pair, engine)
         if origins_of(whole):
             agree(whole, stopped)
 
 
-def first_layer_only(pair):
+def rounding_first(pair, layers):
     plain = faulty(pair).raw
     rounding = faulty(pair, **ARITHMETICS["q8_k"]).raw
 
@@ -112,7 +113,7 @@ def first_layer_only(pair):
             for (layer, a), (_, b) in zip(
                 rounding.layers(tokens), plain.layers(tokens), strict=True
             ):
-                yield layer, a if layer == 0 else b
+                yield layer, a if layer in range(layers) else b
 
     return checked(pair, Engine())
 
@@ -134,6 +135,29 @@ def test_several_prompts_run_up_to_the_earliest(pair):
 
 def early_in(fault):
     return replace(fault, layer=1)
+
+
+def test_what_a_later_prompt_leaves_open_is_run_whole(pair, monkeypatch):
+    """The second prompt has a point before the first one's fault that only a vote of all settles."""
+    again, run = [], measure.measure_pair
+
+    def counted(*args, **kwargs):
+        again.append(args)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(measure, "measure_pair", counted)  # the harness holds the function itself
+    fault = next(f for f in FAULTS if f.name == "scale-missing")
+    engines = {TOKENS: faulty(pair, early_in(fault)).raw, OTHER: rounding_first(pair, 2).raw}
+
+    class Engine:
+        def layers(self, tokens):
+            return engines[tuple(tokens)].layers(tokens)
+
+    whole, stopped = both(pair, checked(pair, Engine()), TOKENS, OTHER)
+    assert len(again) == 1
+    assert (stopped.status, stopped.summary) == (whole.status, whole.summary)
+    assert judged(stopped) == judged(whole)
+    assert origins_of(whole)
 
 
 def test_what_a_broken_fact_feeds_is_no_origin(pair):
