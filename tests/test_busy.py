@@ -1,4 +1,7 @@
-"""Busy neighbours slow a run by their share of the cores, and not tenfold."""
+"""Busy neighbours take their share of the cores from a run, and do not make it work more.
+
+Threads that wait for each other inside a product spin while the other one's core is taken.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +39,25 @@ def busy_cores():
             process.communicate()
 
 
-def seconds(pair):
+def cpu_seconds(pair):
     engine = BuiltinRunner(pair.model_weights, pair.model_facts, pair.architecture)
-    started = time.perf_counter()
+    started = time.process_time()
     measure_pair(pair, engine, [PROMPT], pair.graph.points, PROFILES["float32"])
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 @pytest.mark.parametrize("whole", [1 << 22, 0], ids=["held", "streamed"])
 def test_busy_neighbours(whole, monkeypatch):
-    """Measured on 2 cores: 1.5 and 1.7 times as long; with two threads in each product 5.5 and 3.7."""
+    """Measured on 2 cores: 1.0 and 1.1 times the CPU time, and 1.5 times the wall time.
+
+    With two threads in each product it is 2.0 and 2.2 times, and 4 times the wall time.
+    """
     monkeypatch.setattr(weights, "WHOLE", whole)
     monkeypatch.setattr(matrices, "PIECE", 1 << 14)
     pair = fixture_pair()
-    seconds(pair)
-    alone = min(seconds(pair) for _ in range(3))
+    cpu_seconds(pair)
+    alone = min(cpu_seconds(pair) for _ in range(3))
     with busy_cores():
-        beside = min(seconds(pair) for _ in range(3))
-    print(f"{alone:.2f} s alone, {beside:.2f} s beside busy neighbours")
-    assert beside < 3 * alone
+        beside = min(cpu_seconds(pair) for _ in range(3))
+    print(f"{alone:.2f} s of CPU alone, {beside:.2f} s beside busy neighbours")
+    assert beside < 1.6 * alone

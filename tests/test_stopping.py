@@ -138,7 +138,7 @@ def early_in(fault):
 
 
 def test_what_a_later_prompt_leaves_open_is_run_whole(pair, monkeypatch):
-    """The second prompt has a point before the first one's fault that only a vote of all settles."""
+    """The second prompt has a point before the first one's fault that only all votes settle."""
     again, run = [], measure.measure_pair
 
     def counted(*args, **kwargs):
