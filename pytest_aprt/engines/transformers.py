@@ -11,10 +11,12 @@ import contextvars
 import importlib.util
 import io
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -275,6 +277,11 @@ def _loaded(checkpoint: Checkpoint, options: Mapping[str, Any], device: str) -> 
                 "--aprt-engine=transformers needs accelerate to load a GGUF, which is not "
                 "installed: pip install 'pytest-aprt[transformers]'"
             )
+        if not sees_gguf():
+            raise SettingsError(
+                f"transformers {version('transformers')} does not see the gguf package on Python "
+                f"{platform.python_version()}, without which it loads no GGUF: install a newer one"
+            )
         if len(checkpoint.file.parts) > 1:
             raise SettingsError(
                 f"{path}: transformers loads no split GGUF: merge it with llama-gguf-split --merge"
@@ -301,6 +308,16 @@ def _loaded(checkpoint: Checkpoint, options: Mapping[str, Any], device: str) -> 
             "further tensors, which it fills with random numbers: fetch or convert the model anew"
         )
     return model.eval()
+
+
+def sees_gguf() -> bool:
+    """Return whether transformers finds the gguf package: 5.0 does not on Python 3.10."""
+    from transformers.utils import import_utils
+
+    try:
+        return bool(import_utils.is_gguf_available())
+    except ValueError:  # of packaging: it takes gguf's version to be "N/A"
+        return False
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from live import (
     worst_of,
 )
 
+from pytest_aprt.engines.transformers import sees_gguf
 from pytest_aprt.errors import AprtError, ArchitectureError, EngineError, SettingsError
 from pytest_aprt.pair import open_headers
 from pytest_aprt.rungs.decode import decode_rows
@@ -31,6 +32,9 @@ from pytest_aprt.testing import write_random_pair
 from pytest_aprt.weights import GgufWeights
 
 DTYPES = ("float32", "bfloat16", "float16")
+needs_gguf = pytest.mark.skipif(
+    not sees_gguf(), reason="this transformers does not see the gguf package on this Python"
+)
 
 
 # Healthy
@@ -121,6 +125,7 @@ def gguf_of(family, **options):
     return Live(FIXTURES / f"tiny-{family}" / "q4_k_m.gguf", folder_of(family), **options)
 
 
+@needs_gguf
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_gguf_as_transformers_loads_it(family, dtype):
@@ -131,6 +136,7 @@ def test_a_gguf_as_transformers_loads_it(family, dtype):
     assert worst_of(result).worst.excess < 0.75, worst_of(result).point
 
 
+@needs_gguf
 def test_the_rope_divisors_that_transformers_leaves_out_of_a_gguf():
     """A fault that nobody planted: up to 5.23 its loader does not read ``rope_freqs.weight``."""
     live = gguf_of("llama", dtype="float32")
@@ -140,6 +146,7 @@ def test_the_rope_divisors_that_transformers_leaves_out_of_a_gguf():
     ]
 
 
+@needs_gguf
 def test_loading_a_gguf_shows_nothing(capfd):
     gguf_of("qwen2", dtype="float32")
     assert capfd.readouterr() == ("", "")
@@ -148,6 +155,15 @@ def test_loading_a_gguf_shows_nothing(capfd):
 def test_a_gguf_needs_accelerate(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="needs accelerate to load a GGUF, which is not insta"):
+        Live(FIXTURES / "tiny-qwen2" / "q4_k_m.gguf", folder_of("qwen2"))
+
+
+def test_a_gguf_package_that_transformers_does_not_see(monkeypatch):
+    def unseen():
+        raise ValueError("Invalid version: 'N/A'")  # as transformers 5.0 does on Python 3.10
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_gguf_available", unseen)
+    with pytest.raises(SettingsError, match="does not see the gguf package on Python 3"):
         Live(FIXTURES / "tiny-qwen2" / "q4_k_m.gguf", folder_of("qwen2"))
 
 
@@ -308,6 +324,7 @@ def test_an_option_that_transformers_does_not_know():
     assert "transformers does not load " in text and "'dtyp'" in text
 
 
+@needs_gguf
 def test_a_dtype_that_torch_does_not_have():
     text = failure(EngineError, folder_of("qwen2"), dtype="float17")
     assert "transformers does not load " in text and "float17" in text
