@@ -24,6 +24,7 @@ from pytest_aprt.dump import DumpRunner
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.replay import Context, Reference, captured_input, replay, replayed_input
 from pytest_aprt.sources import aprt
+from pytest_aprt.stages import STAGES
 from pytest_aprt.strips import Strips, of_array
 
 HEADS, LONG = 2, 30
@@ -78,35 +79,59 @@ SPOILT = {
 
 @pytest.mark.parametrize("name", ["attn_scores", "attn_softmax"])
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_metrics_are_those_of_the_whole_tensors(small, name, spoil):
+def test_metrics_are_those_of_the_whole_tensors(monkeypatch, name, spoil):
     x, y, response = stage(0), stage(0) + 1e-3 * stage(1), stage(2).abs().double() * 1e-9
     doubt = 1e-4 * stage(3).abs().double()
     spoil(x, y)
     seen = view(name, LONG)
-    whole = measure(x, y, seen, TOP_DIFFS, pictured=True)
-    parts = measure(of_array(x), of_array(y), seen, TOP_DIFFS, pictured=True)
-    if whole.max_abs == 0:  # of equal differences any may come first
-        parts, whole = (replace(m, top_diffs=(), max_abs_at={}) for m in (parts, whole))
-    assert same(asdict(parts), asdict(whole))
-    assert whole.image is None or len(whole.image.levels) == LONG * LONG
-    assert non_finite(of_array(x), seen) == non_finite(x, seen)
-    for known in (None, doubt):
-        reference = Reference(y.double(), lambda: response, known)
-        by_strips = Reference(
-            of_array(y.double()), lambda: of_array(response), known if known is None
-            else of_array(known),
-        )  # fmt: skip
-        a = judge(of_array(x), by_strips, seen, of(1e-5))
-        b = judge(x, reference, seen, of(1e-5))
-        assert (a is None) == (b is None) == (spoil is SPOILT["nothing finite"])
-        assert a is None or same(asdict(a), asdict(b))
+    whole = measured(x, y, response, doubt, seen)
+    shrink(monkeypatch, 200)
+    parts = measured(*map(of_array, (x, y, response, doubt)), seen)
+    assert same(parts, whole)
+    image = whole[0]["image"]
+    assert image is None or len(image["levels"]) == LONG * LONG
+    assert (whole[-1] is None) == (spoil is SPOILT["nothing finite"])
 
 
-def test_of_the_last_queries(small):
+@pytest.mark.parametrize("name", ["attn_norm", "q_post_rope", "qkv_matmul"])
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("first", [0, 10])
+def test_large_stages_are_measured_by_strips_of_tokens(monkeypatch, name, spoil, first):
+    facts = replace(FACTS, hidden=24, heads=6, kv_heads=3, head_dim=4)
+    channels = math.prod(facts.sizes(1)[symbol] for symbol in STAGES[name].shape[1:])
+    x, y, response, doubt = (random(2 * LONG, channels, seed=seed) for seed in range(4))
+    x, y = y + 1e-3 * x, y.clone()
+    spoil(x.view(2, LONG, channels), y.view(2, LONG, channels))
+    seen = replace(view(name), facts=facts, first=first)
+    inputs = x, y, 1e-9 * response.abs().double(), 1e-4 * doubt.abs().double(), seen
+    whole = measured(*inputs)
+    counted = []
+    monkeypatch.setattr("pytest_aprt.compare.each", lambda *a: counted.append(a) or strips.each(*a))
+    shrink(monkeypatch, 200)
+    assert same(measured(*inputs), whole)
+    assert counted
+    assert whole[0]["max_abs_at"].get("token", first) >= first
+
+
+def measured(x, y, response, doubt, seen):
+    """All that is measured and judged of a stage, as plain numbers."""
+    metrics = measure(x, y, seen, TOP_DIFFS, pictured=True)
+    if metrics.max_abs == 0:  # of equal differences any may come first
+        metrics = replace(metrics, top_diffs=(), max_abs_at={})
+    value = strips.mapped(torch.Tensor.double, y)
+    judged = [judge(x, Reference(value, lambda: response, d), seen, of(1e-5))
+              for d in (None, doubt)]  # fmt: skip
+    return [
+        asdict(metrics), non_finite(x, seen), *(j if j is None else asdict(j) for j in judged)
+    ]  # fmt: skip
+
+
+def test_of_the_last_queries(monkeypatch):
     x, y = stage(0), stage(0) + 1e-3 * stage(1)
     seen = replace(view("attn_scores", LONG), first=10)
-    cut = of_array(x).narrow(1, 10, LONG - 10)
     whole = measure(x[:, 10:], y[:, 10:], seen)
+    shrink(monkeypatch, 200)
+    cut = of_array(x).narrow(1, 10, LONG - 10)
     assert same(asdict(measure(cut, y[:, 10:], seen)), asdict(whole))
     assert whole.max_abs_at["token"] >= 10
     assert not isinstance(of_array(x).narrow(1, LONG - 1, 1), Strips)
