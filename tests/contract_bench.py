@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from harness import FIXTURES, fixture_pair
@@ -60,7 +62,9 @@ def bench_of(engine=None):
         checked = CheckedEngine(engine, pair.graph, pair.oracle_facts, "test")
         return Opened(pair, checked, prompts_of(settings, pair))
 
-    return Bench(lambda: report, lambda side: Captures(folder / side, report), opened)
+    bench = Bench(lambda: report, lambda side: Captures(folder / side, report), opened)
+    weakref.finalize(bench, shutil.rmtree, folder)
+    return bench
 
 
 @functools.cache
