@@ -8,7 +8,6 @@ layers that only note what they are handed, so that no family's glue is written 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pytest_aprt.capture import LayerStages
 from pytest_aprt.errors import ArchitectureError
 from pytest_aprt.matrices import Matrix
 from pytest_aprt.strips import Strips, each, rows, stripped, too_large
-from pytest_aprt.taps import attribute, put_rotated, tapped
+from pytest_aprt.taps import attribute, eager_attention, put_rotated, tapped
 from pytest_aprt.weights import Layer, WeightSource, logits
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def _attention(
     ``query`` is (1, nq, T, D), ``key`` and ``value`` (1, nkv, T, D), both after RoPE. Of a long
     prompt it is handed some queries at a time.
     """
-    family = sys.modules[type(module).__module__]
+    attention = eager_attention(module)
     shape = (query.shape[1], query.shape[2], key.shape[2])
     shared = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # (1, nq, T, D)
 
@@ -213,7 +212,7 @@ def _attention(
         return (rows(query, queries) @ shared.transpose(2, 3) * scaling)[0]
 
     if not too_large(shape):
-        output, probabilities = family.eager_attention_forward(
+        output, probabilities = attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         softmax = probabilities[0]
@@ -223,7 +222,7 @@ def _attention(
 
         def attend(queries: range, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             mask = None if attention_mask is None else rows(attention_mask, queries)
-            found: tuple[torch.Tensor, torch.Tensor] = family.eager_attention_forward(
+            found: tuple[torch.Tensor, torch.Tensor] = attention(
                 ungrouped, rows(query, queries), shared, values, mask, scaling=scaling, **kwargs
             )
             return found

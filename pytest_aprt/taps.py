@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -104,3 +105,10 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any]:
+    """Return the eager attention of a module's family: the one that its ``forward`` sees."""
+    forward = unwrap(type(module).forward)
+    function: Callable[..., Any] = forward.__globals__["eager_attention_forward"]
+    return function

@@ -166,7 +166,8 @@ class Workbench:
     def _need(self, session: pytest.Session) -> str:
         option = session.config.option
         broken = session.testsfailed and not option.continue_on_collection_errors
-        return NEEDS[0] if option.collectonly or broken else need_of(session.items)
+        nothing = option.collectonly or option.setupplan or broken
+        return NEEDS[0] if nothing else need_of(session.items)
 
     # -- the run -----------------------------------------------------------------------------------
 

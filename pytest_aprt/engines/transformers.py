@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from functools import partial
@@ -28,7 +27,7 @@ from pytest_aprt.capture import LayerStages
 from pytest_aprt.checkpoints import Checkpoint, GgufCheckpoint
 from pytest_aprt.engines.devices import require_device
 from pytest_aprt.errors import EngineError, SettingsError
-from pytest_aprt.taps import attribute, put_rotated, tapped
+from pytest_aprt.taps import attribute, eager_attention, put_rotated, tapped
 
 EAGER = "aprt_observed"
 """Name under which the observed eager attention is registered with transformers."""
@@ -221,7 +220,7 @@ def _eager(
     module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **given: Any
 ) -> tuple[Tensor, Tensor]:
     """Run the family's own eager attention and keep what its softmax is handed and returns."""
-    function = sys.modules[type(module).__module__].eager_attention_forward
+    function = eager_attention(module)
     stages: dict[str, Tensor] = module.aprt_stages  # type: ignore[assignment]
     put_rotated(stages, query, key)
     with _Softmax() as seen:

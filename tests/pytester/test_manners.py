@@ -141,8 +141,8 @@ def test_no_model_runs_where_no_test_is_selected(faulty, args):
 
 
 @pytest.mark.parametrize(
-    "args", [["--collect-only"], ["--collect-only", "-q", "-n2"], ["--fixtures"], ["--markers"]],
-    ids=" ".join,
+    "args", [["--collect-only"], ["--collect-only", "-q", "-n2"], ["--setup-plan"], ["--fixtures"],
+             ["--markers"]], ids=" ".join,
 )  # fmt: skip
 def test_no_model_runs_where_nothing_is_tested(faulty, args):
     result = faulty(*args)
