@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_aprt import selftest
+from pytest_aprt.architectures import HEAD
 from pytest_aprt.arithmetic import PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import Engine, LayerStages
@@ -29,7 +30,7 @@ from pytest_aprt.compare import (
 from pytest_aprt.consensus import Group, Tally, group_of, settled
 from pytest_aprt.errors import CaptureError
 from pytest_aprt.forward import BuiltinRunner
-from pytest_aprt.matrices import Watch, compute_threads, together
+from pytest_aprt.matrices import Matrix, Watch, compute_threads, together, until
 from pytest_aprt.oracle import Prelude, TransformersRunner
 from pytest_aprt.pair import Pair
 from pytest_aprt.readings import Finals, PointErrors, Prompt, Reading, explains
@@ -39,6 +40,7 @@ from pytest_aprt.rungs.weights import TensorRow, Watched, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
 from pytest_aprt.stopping import Decider
+from pytest_aprt.weights import FEW, streams
 
 Progress = Callable[[str, int, int], None]
 """Called with what is running, how many layers are done, and how many there are."""
@@ -46,6 +48,8 @@ Progress = Callable[[str, int, int], None]
 AHEAD = 256
 """Tokens up to which the replay's products are formed with those of the runs and kept: beyond, the
 products cost more than reading the weights once more."""
+
+_NORM = "final_norm"
 
 Keep = Callable[[str, int, Iterator[LayerStages]], Iterator[LayerStages]]
 """Called with the side and the index of the prompt; sees every layer that passes."""
@@ -83,13 +87,38 @@ class _Lane:
         self.model = keep("model", index, layers)
         self.oracle = keep("oracle", index, runs.oracle.layers(prompt.tokens))
         self.shadow, self.shadow_runner = runs.shadow.layers(prompt.tokens), runs.shadow
+        self.oracle_runner = runs.oracle
         self.prelude: Prelude = runs.shadow.prelude(prompt.tokens)
+        self.logits: dict[str, Tensor] = {}
         self.model_replay = BridgedReplay(
             pair, prompt.tokens, self.prelude, runs.profile, runs.tally
         )
         self.shadow_replay = BridgedReplay(
             pair, prompt.tokens, self.prelude, PROFILES["float32"], Tally()
         )
+
+    def heads_of(
+        self, pair: Pair, model: BuiltinRunner | LayerStages
+    ) -> Iterator[Callable[[], None]]:
+        """Yield what forms the logits of all positions while a large head passes, if they are few.
+
+        Shadow and oracle ask for theirs themselves, which are formed once.
+        """
+        shows = isinstance(model, BuiltinRunner) or _NORM in model.stages
+        if len(self.prompt.tokens) > FEW or not shows:
+            return
+        if not streams(pair.oracle_weights.matrix(HEAD)):
+            return
+        runs = ("model", model), ("shadow", self.shadow_runner), ("oracle", self.oracle_runner)
+        for side, run in runs:
+            weights = pair.oracle_weights if side == "oracle" else pair.model_weights
+            yield partial(self._head_of, side, run, weights.matrix(HEAD))
+
+    def _head_of(
+        self, side: str, run: BuiltinRunner | LayerStages | TransformersRunner, head: Matrix
+    ) -> None:
+        until(lambda: _NORM in run.stages)
+        self.logits[side] = head.times(run.stages[_NORM].detach())
 
 
 class _Runs:
@@ -209,6 +238,8 @@ def _advanced(
             runs += replays.products_of(ours) if ours else replays.products()
             if layer in pair.witnesses and lane.index == 0 and len(lanes) == 1:
                 runs += lane.shadow_replay.products_of(lane.shadow_runner)
+        if layer is None and len(lanes) == 1:
+            runs += lane.heads_of(pair, ours or models[0])
     found = iter([*models, *together(runs, watch)])
     model, shadow, oracle = ([next(found) for _ in lanes] for _ in range(3))
     if ours:
@@ -231,7 +262,7 @@ def _measure_layer(
     if layer is None:
         lane.finals.append(
             Finals(prompt=lane.prompt, model=model.stages, shadow=shadow.stages,
-                   oracle=oracle.stages)
+                   oracle=oracle.stages, logits=lane.logits)
         )  # fmt: skip
     seen = visible(context) if layer is not None else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -75,9 +75,13 @@ class PointErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class Finals:
-    """The whole-model stages of one prompt on all three runs."""
+    """The whole-model stages of one prompt on all three runs.
+
+    ``logits`` are those of all positions by run, (T, V), where the runs formed them on their way.
+    """
 
     prompt: Prompt
     model: Mapping[str, Tensor]
     shadow: Mapping[str, Tensor]
     oracle: Mapping[str, Tensor]
+    logits: Mapping[str, Tensor] = field(default_factory=dict)

@@ -366,6 +366,11 @@ def row_chunks(rows: int) -> Iterator[range]:
         yield range(start, min(start + HEAD_CHUNK, rows))
 
 
+def streams(matrix: Matrix) -> bool:
+    """Return whether a matrix is too large to be held, so that it passes in pieces."""
+    return matrix.rows * matrix.columns > WHOLE
+
+
 def logits(weights: WeightSource, hidden: torch.Tensor, vocab: int, keep: int = 0) -> torch.Tensor:
     """Return ``hidden @ head.T`` of the last ``keep`` tokens (0: of all): (keep, V).
 
@@ -381,7 +386,7 @@ def logits(weights: WeightSource, hidden: torch.Tensor, vocab: int, keep: int = 
         keep: how many tokens.
     """
     matrix: Matrix | None = weights.matrix(HEAD) if hasattr(weights, "matrix") else None
-    if matrix is not None and matrix.rows * matrix.columns > WHOLE:
+    if matrix is not None and streams(matrix):
         return matrix.times(hidden[-max(keep, FEW) :] if keep else hidden)[-keep:]
     linear = torch.nn.functional.linear
     parts = [linear(hidden, weights.rows(HEAD, rows))[-keep:] for rows in row_chunks(vocab)]

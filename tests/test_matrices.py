@@ -17,6 +17,7 @@ from pytest_aprt.matrices import Matrix, compute_threads, in_threads, together, 
 from pytest_aprt.measure import measure_pair
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.readings import Prompt
+from pytest_aprt.rungs.logits import logit_rows
 from pytest_aprt.testing import NumpyEngine
 
 TOKENS = (5, 9, 300, 22, 7, 8, 100)
@@ -235,6 +236,41 @@ def test_streamed_runs_are_held_runs(family, monkeypatch):
     for c, d in zip(held.tensors, streamed.tensors, strict=True):
         assert (c.name, c.reason) == (d.name, d.reason) == (c.name, "")
         assert c.rel_l2 == pytest.approx(d.rel_l2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("engine", "passes"), [(BuiltinRunner, 1), (NumpyEngine, 2)])
+def test_the_head_passes_once_for_all_logits(engine, passes, monkeypatch):
+    """Those of the last position and those of all, as from a head that is held.
+
+    Sums in another order leave an error whose response is asked for, which takes a pass more.
+    """
+    found, formed = [], matrices._products
+    for whole in (1 << 22, 0):
+        monkeypatch.setattr(weights, "WHOLE", whole)
+        pair = fixture_pair()
+        reads = []
+
+        def products(requests, watch, reads=reads):
+            reads.append(requests[0].matrix.name)
+            return formed(requests, watch)
+
+        monkeypatch.setattr(matrices, "_products", products)
+        ours = engine is BuiltinRunner
+        facts = pair.model_facts if ours else pair.oracle_facts
+        runner = engine(pair.model_weights, facts, pair.architecture)
+        runner = runner if ours else checked(pair, runner)
+        result = measure_pair(pair, runner, [Prompt(text="", tokens=TOKENS)], pair.graph.points,
+                              PROFILES["float32"])  # fmt: skip
+        found.append({row.name: row for row in logit_rows(pair, result.finals)})
+    assert reads.count(HEAD) == passes
+    held, streamed = found
+    assert held.keys() == streamed.keys() == {"last", "all"}
+    for name, row in held.items():
+        assert streamed[name].status == row.status
+        for error in ("total", "engine", "weights"):
+            assert streamed[name].figures[error] == pytest.approx(
+                row.figures[error], rel=1e-3, abs=1e-6
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -240,6 +240,8 @@ def at_last(pair: Pair, finals: Finals) -> Logits:
 
 def at_all(pair: Pair, finals: Finals) -> Logits:
     """Sum up the logits of all positions, the head applied to every run's final norm."""
+    if finals.logits.keys() == set(SIDES):
+        return summarised([finals.logits])
     return summarised(heads(pair, {s: getattr(finals, s)["final_norm"] for s in SIDES}))
 
 
