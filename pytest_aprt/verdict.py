@@ -239,7 +239,7 @@ def _by_total_alone(
         return "pass", "", None
     if causes:
         return "inherited", f"follows from {causes[0]}", causes[0]
-    return "inconclusive", f"total is below its threshold; {e.only_total}", None
+    return "inconclusive", f"total is beyond its threshold, or a token's is; {e.only_total}", None
 
 
 def agrees(total: Metrics, cosine: float) -> bool:
@@ -341,7 +341,8 @@ def _open_in_words(left_open: Sequence[Judged], judged: Sequence[Judged]) -> str
     return (
         f"total is beyond its threshold at {len(left_open)} of {len(left_open) + agree} points, "
         f"first at {first.point} (cosine {errors.total.cosine:.4f}, rel_l2 "
-        f"{errors.total.rel_l2:.2g}, threshold {first.threshold.cosine:g}); {errors.only_total}, "
+        f"{errors.total.rel_l2:.2g}, threshold {first.threshold.cosine:g}, for every token too); "
+        f"{errors.only_total}, "
         "so quantised weights and a fault cannot be told apart"
     )
 

@@ -49,6 +49,7 @@ def test_the_summary_is_small_and_plain(name, shape, saved):
 def test_the_summary_fits_a_narrow_terminal(name, verbosity):
     lines = [text for text, _ in terminal.render(report_of(name), None, verbosity, width=60)]
     assert [line for line in lines if len(line) > 60] == []
+    assert [line for line in lines if re.search(r"e[-+]\d\d\d", line)] == []  # columns run together
 
 
 @every_shape

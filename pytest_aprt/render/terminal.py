@@ -131,7 +131,7 @@ def _failed_self_tests(report: Report, width: int) -> list[Line]:
     ]
 
 
-_COLUMNS = {75: (25, 14, 12, 12, 12), 0: (23, 12, 10, 8, 7)}
+_COLUMNS = {75: (25, 14, 12, 12, 12), 0: (23, 12, 9, 8, 8)}
 """Widths of a table's columns, by the width that the terminal must have."""
 
 
