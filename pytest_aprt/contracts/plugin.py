@@ -235,7 +235,12 @@ class ContractPlugin:
                       if p.is_relative_to(root)}  # fmt: skip
             contracts = {**inside, **contracts}
             records = [record for record in records if record.contract in contracts]
-        self.summary = summarise(contracts, records, problems)
+        summary = summarise(contracts, records, problems)
+        if self.ledger is None:  # and nothing is known of what was not selected
+            ran = {(found.contract, found.id) for found in self.outcomes.values()}
+            rows = [row for row in summary.rows if (row.contract, row.id) in ran]
+            summary = dataclasses.replace(summary, rows=rows)
+        self.summary = summary
         workbench: Workbench | None = self.config.pluginmanager.get_plugin("aprt_workbench")
         if workbench is not None and workbench.finished is not None:
             workbench.keep_contracts(self._rows())

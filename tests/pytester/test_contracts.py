@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from short_summary import summary
@@ -212,6 +213,19 @@ def test_with_a_model_and_no_paths_the_run_is_the_suite_and_the_contracts(health
     assert "aprt::gate" in listed and "test_own.py::test_own" not in listed
     outcomes = healthy(*workers).parseoutcomes()
     assert sum(outcomes.values()) == len(listed)
+
+
+@pytest.mark.parametrize("ledger", [(), ("--aprt-ledger=l.jsonl",)], ids=["no ledger", "ledger"])
+def test_what_was_not_selected_is_accused_of_nothing(healthy, ledger):
+    """A ledger may know of it; without one nothing does."""
+    (healthy.path / "contracts").mkdir()
+    own = Path(__file__).parents[2] / "contracts" / "stage-parity-q4k-v1.yaml"
+    (healthy.path / "contracts" / own.name).write_bytes(own.read_bytes())
+    result = healthy("-k", "FALSIFY-Q4K-PARITY-002", *ledger)
+    assert result.ret == 0
+    count = 5 if ledger else 1
+    result.stdout.fnmatch_lines(["1 passed", f"tally 0+1 of {count} falsifiers: *"])
+    assert ("overstated" in result.stdout.str()) == bool(ledger)
 
 
 @pytest.mark.parametrize("workers", [(), ("-n2",)])

@@ -89,7 +89,8 @@ def test_another_prompt_than_that_of_the_program(start):
 def test_a_program_that_fails_is_one_line(start, workers):
     bad = "--aprt-engine-command=apr trace {model} --dump {out}"
     said = one_line(start(bad, *workers))
-    assert "apr ended with exit code 2: usage: apr trace" in said
+    assert "apr ended with exit code 2: " in said  # then its last lines, which differ by Python
+    assert "unrecognized arguments: --dump" in said or "--dump /" in said
 
 
 # transformers, and two engines
