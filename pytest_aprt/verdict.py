@@ -17,6 +17,7 @@ from pytest_aprt.measure import Measurement
 from pytest_aprt.readings import PointErrors
 from pytest_aprt.rungs import LADDER, Row
 from pytest_aprt.rungs.config import FactRow
+from pytest_aprt.rungs.diagnosis import OTHER_NUMBERS
 from pytest_aprt.rungs.weights import STAGE_OF_TENSOR, TensorRow
 from pytest_aprt.stages import STAGES, Point, StageGraph
 from pytest_aprt.statuses import STATUSES
@@ -313,6 +314,9 @@ def _summary(
     if rung is not None:
         first, *more = broken[rung]
         further = _further(len(more), _NOUNS.get(rung, "test")) + _origins_too(broken["stages"])
+        strange = sum(row.reason.startswith(OTHER_NUMBERS) for row in broken["weights"])
+        if rung == "weights" and strange >= _TOO_MANY * graph.n_layers:
+            further += "; the oracle may not be the model that this one was made from"
         return f"{rung} {first.name} {first.reason}{further}"
     lowest = min(judged, key=_total_cosine)
     cosine, where = _total_cosine(lowest), lowest.point
@@ -351,6 +355,9 @@ def _total_cosine(judged: Judged) -> float:
     total = judged.errors.total if judged.errors else None
     return total.cosine if total and not math.isnan(total.cosine) else math.inf
 
+
+_TOO_MANY = 2
+"""Tensors per layer with other numbers: what a fault spoils is of one kind, or in another way."""
 
 _NOUNS = {"config": "fact", "weights": "tensor", "decode": "step"}
 """What a row of a rung is."""

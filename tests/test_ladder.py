@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from families import qwen2
 from faults.decoding import CACHE_FAULTS, Decoder
 from faults.files import rewritten
 from faults.ladder import CONFIG_FAULTS, TOKEN_FAULTS, WEIGHT_FAULTS
-from harness import FIXTURES, fixture_pair
+from harness import FIXTURES, builtin, fixture_pair, verdict_of
 
-from pytest_aprt.pair import open_headers
+from pytest_aprt.pair import open_headers, open_pair
 from pytest_aprt.run import run
 from pytest_aprt.rungs import (
     LADDER,
@@ -22,6 +23,7 @@ from pytest_aprt.rungs import (
 )
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.settings import read_settings
+from pytest_aprt.testing import write_random_pair
 
 BY_NAME = {fault.name: fault for fault in (*TOKEN_FAULTS, *CONFIG_FAULTS, *WEIGHT_FAULTS)}
 
@@ -141,3 +143,14 @@ def test_logits_that_follow_from_a_stage_are_no_failure_of_their_own():
     assert [row.status for row in found] == ["inherited", "broken", "pass"]
     assert found[0].reason == "follows from L00-q_post_rope: flip"
     assert ROW_STATUSES["inherited"] == "xfailed"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_oracle_of_another_model_is_said_to_be_one(seed, tmp_path):
+    places = [tmp_path / name for name in ("model", "oracle")]
+    for number, place in zip((0, seed), places, strict=True):
+        place.mkdir()
+        write_random_pair(place, qwen2(), seed=number)
+    pair = open_pair(open_headers(str(places[0] / "f32.gguf"), str(places[1] / "hf")))
+    said = verdict_of(pair, builtin(pair), (3, 77, 12, 5)).summary
+    assert ("the oracle may not be the model that this one was made from" in said) == bool(seed)

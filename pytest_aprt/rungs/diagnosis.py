@@ -16,6 +16,9 @@ from pytest_aprt.rungs.distances import BLOCK, block_errors, distance, worst_blo
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
 
+OTHER_NUMBERS = "holds other numbers"
+"""What is said of a tensor in which nothing else is found."""
+
 _FEW = 0.25  # of the rows: what more of them share is no matter of single rows
 _MATCHED_ROWS = 8192  # rows up to which each is looked for among all others
 _LOOK = 8  # rows of another layer's tensor that decide whether the rest is read
@@ -224,7 +227,7 @@ def figures(c: Case) -> str:
     norms = float(model.norm()), float(oracle.norm())
     cosine = float(model @ oracle) / (norms[0] * norms[1]) if all(norms) else math.nan
     size = norms[0] / norms[1] if norms[1] else math.inf
-    return f"holds other numbers: cosine {cosine:.4f}, norm ratio {size:.4g}"
+    return f"{OTHER_NUMBERS}: cosine {cosine:.4f}, norm ratio {size:.4g}"
 
 
 def _places(numbers: list[int]) -> str:
