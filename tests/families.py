@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from transformers import (
@@ -17,6 +18,11 @@ from transformers import (
 )
 
 from pytest_aprt.architectures import ARCHITECTURES, Architecture
+
+# transformers looks modules up by name, and pytester forgets what a run in this process imports.
+for known in (Ernie4_5Config, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+              SeedOssConfig):  # fmt: skip
+    import_module(known.__module__.replace("configuration_", "modeling_"))
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
