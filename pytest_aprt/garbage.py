@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _YOUNG = 50_000
-"""Objects made between two collections, where Python's default is 700 to 2,000: importing torch and
-transformers makes a million that stay, and each round looked at them took 0.6 of 2.4 s."""
+"""Objects made between two collections, where Python's default is 700 to 2,000: what torch and
+transformers make as they are imported stays. A run on a 0.5B pair took 8.7 s with it, else 9.7."""
 
 
 @contextmanager

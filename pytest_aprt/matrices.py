@@ -254,14 +254,14 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
     return [parts[r.matrix][place] for r, place in zip(requests, places, strict=True)]
 
 
-def _fused() -> Callable[..., Tensor] | None:
-    """Return oneDNN's product where torch has it: for x86 alone, elsewhere it may round to less."""
+def _onednn_product() -> Callable[..., Tensor] | None:
+    """Return oneDNN's product where torch has it: on x86 alone, as it was measured nowhere else."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-_onednn = _fused()
+_onednn = _onednn_product()
 
 
 def _product(x: Tensor, weights: Tensor) -> Tensor:

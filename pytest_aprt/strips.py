@@ -1,7 +1,8 @@
 """Long prompts by strips: what has a number for every query and key is never held as a whole.
 
 A *strip* is some queries of such a stage, with all heads and all keys. Who makes a stage says how
-to make one strip of it; who compares or writes it takes one strip after another.
+to make one strip of it; who compares or writes it takes one strip after another. Of any other large
+stage it is some tokens, with all channels: it is held, and compared so.
 """
 
 from __future__ import annotations

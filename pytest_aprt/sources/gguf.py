@@ -189,7 +189,7 @@ class GgufFile:
         try:
             with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
                 _decoder(info)(blocks, out)
-        except NotImplementedError:
+        except NotImplementedError:  # of gguf: it knows the type, and has no decoder for it
             raise SourceError(
                 f"{one_line(self.path)}: tensor {one_line(info.name)!r} is of type {info.type}, "
                 f"which the installed gguf package cannot dequantise: requantise the model to "

@@ -89,8 +89,9 @@ def test_another_prompt_than_that_of_the_program(start):
 def test_a_program_that_fails_is_one_line(start, workers):
     bad = "--aprt-engine-command=apr trace {model} --dump {out}"
     said = one_line(start(bad, *workers))
-    assert "apr ended with exit code 2: " in said  # then its last lines, which differ by Python
-    assert "unrecognized arguments: --dump" in said or "--dump /" in said
+    usage = "usage: apr trace" if sys.version_info < (3, 13) else "--save-tensor-dir"
+    assert f"apr ended with exit code 2: {usage}" in said  # its last lines: newer ones are shorter
+    assert " --dump " in said
 
 
 # transformers, and two engines
