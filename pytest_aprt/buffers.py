@@ -34,8 +34,14 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) 
 
     What it held before, and who asked last for the same ``name``, is overwritten.
     """
-    buffers: dict[str, Tensor] = _own.__dict__.setdefault("buffers", {})
-    size = math.prod(shape) * dtype.itemsize
-    if name not in buffers or buffers[name].numel() < size:
-        buffers[name] = torch.empty(size, dtype=torch.uint8)
-    return buffers[name][:size].view(dtype).view(*shape)
+    memory, views = _own.__dict__.setdefault("kept", ({}, {}))
+    key = name, *shape, dtype
+    found: Tensor | None = views.get(key)  # a view costs three calls of torch
+    if found is None:
+        size = math.prod(shape) * dtype.itemsize
+        if name not in memory or memory[name].numel() < size:
+            memory[name] = torch.empty(size, dtype=torch.uint8)
+            for old in [other for other in views if other[0] == name]:
+                del views[old]
+        found = views[key] = memory[name][:size].view(dtype).view(*shape)
+    return found

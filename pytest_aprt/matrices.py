@@ -23,8 +23,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from pytest_aprt.buffers import buffer
+from pytest_aprt.scripted import scripted
 
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Weights in a piece: 4 MB of float32. Smaller ones cost more in calls than they gain in cache, and
 two threads hinder each other (tests/benchmarks/dequant.py)."""
 
@@ -244,7 +245,7 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
         weights = []
         for matrix, x, out in zip(matrices, stacked, found, strict=True):
             weights.append(matrix.piece(rows))
-            out[:, rows.start : rows.stop] = _product(x, weights[-1])
+            _multiply(x, weights[-1], out, rows.start)
         if both and watch is not None:
             name = matrices[0].name
             watch(name, rows.start, weights[sides["model"]], weights[sides["oracle"]])
@@ -254,25 +255,28 @@ def _products(requests: Sequence[_Request], watch: Watch | None) -> list[Tensor]
     return [parts[r.matrix][place] for r, place in zip(requests, places, strict=True)]
 
 
-def _onednn_product() -> Callable[..., Tensor] | None:
-    """Return oneDNN's product where torch has it: on x86 alone, as it was measured nowhere else."""
+def _has_onednn() -> bool:
+    """Return whether torch has oneDNN's product: on x86 alone, as it was measured nowhere else."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-_onednn = _onednn_product()
-
-
-def _product(x: Tensor, weights: Tensor) -> Tensor:
-    """Return ``x @ weights.T``.
+def _multiply_by_onednn(x: Tensor, weights: Tensor, out: Tensor, start: int) -> None:
+    """Fill columns of ``out`` from ``start`` on with ``x @ weights.T``.
 
     Of so few rows oneDNN takes half the time of the library behind ``@`` (14 rows of 3584 columns:
     136 GFLOP/s beside 77; of 18944: 121 beside 52), and its sums are as exact.
     """
-    if _onednn is None:
-        return x @ weights.T
-    return _onednn(x, weights, None, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise(x, weights, None, "none", [], "")
+    out[:, start : start + len(weights)] = product
+
+
+def _multiply_plainly(x: Tensor, weights: Tensor, out: Tensor, start: int) -> None:
+    out[:, start : start + len(weights)] = x @ weights.t()
+
+
+_multiply = scripted(_multiply_by_onednn if _has_onednn() else _multiply_plainly)
 
 
 # -- threads ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pytest_aprt.sources.dequant import UNPACK
+from pytest_aprt.sources.dequant import KERNELS, UNPACK, unpacked_by
 
 QUANTISED = sorted(set(UNPACK) - {"F32"})
 HALVES = {  # where a block keeps its float16 scales
@@ -17,12 +17,12 @@ HALVES = {  # where a block keeps its float16 scales
 }  # fmt: skip
 
 
-def same_bits(kind: str, blocks: np.ndarray) -> bool:
+def same_bits(kind: str, blocks: np.ndarray, unpack=None) -> bool:
     values, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     with np.errstate(all="ignore"):
         expected = dequantize(blocks, GGMLQuantizationType[kind]).astype(np.float32)
     found = torch.full((len(blocks), values), torch.nan)
-    UNPACK[kind](torch.from_numpy(blocks), found)
+    (unpack or UNPACK[kind])(torch.from_numpy(blocks), found)
     a, b = found.numpy().reshape(-1), expected.reshape(-1)
     nan = np.isnan(a) & np.isnan(b)
     return bool((nan | (a.view(np.int32) == b.view(np.int32))).all())
@@ -37,6 +37,11 @@ def random_blocks(kind: str, count: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_random_bytes(kind):
     assert same_bits(kind, random_blocks(kind, 4096, seed=1))
+
+
+@pytest.mark.parametrize("kind", sorted(KERNELS))
+def test_where_torch_compiles_nothing(kind):
+    assert same_bits(kind, random_blocks(kind, 4096, seed=4), unpacked_by(KERNELS[kind]))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

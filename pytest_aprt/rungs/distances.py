@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pytest_aprt.buffers import buffer
 from pytest_aprt.matrices import PIECE
+from pytest_aprt.scripted import scripted
 
 BLOCK = 32
 """Values of a row that are judged together: the smallest block of llama.cpp's types with one."""
@@ -61,14 +62,9 @@ def piece_distance(
         b = oracle.double()
         error = float((model.double() - b).square().sum())
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
-    out = model if overwrite else buffer("difference", oracle.shape)
-    difference = torch.sub(model, oracle, out=out)
-    # A block is no farther than the run of blocks around it, and its norm is taken as its row's
-    # mean or larger: a sieve that lets no farther one pass.
+    difference = model if overwrite else buffer("difference", oracle.shape)
     run = next(size for size in _RUNS if oracle.shape[1] % size == 0)
-    errors = _norm(difference.view(len(oracle), -1, run), dim=2)
-    norms = _norm(oracle, dim=1)
-    farthest = float((errors.amax(1) / norms).max()) * math.sqrt(oracle.shape[1] / BLOCK)
+    error, norm, farthest = _sieved(model, oracle, run, difference)
     worst = (0.0, 0, 0)
     if not farthest <= beyond:  # nor where a row is nothing on both sides
         sizes = _relative(_block_sums(difference, "errors"), _block_norms(oracle))
@@ -77,11 +73,26 @@ def piece_distance(
         if size != 0:
             far = math.sqrt(float(size.nan_to_num(math.inf, math.inf)))
             worst = far, row, int(block) * BLOCK
-    error, norm = (float(_norm(part, dtype=torch.float64)) ** 2 for part in (errors, norms))
     return Distance(error, norm, worst)
 
 
-_norm = torch.linalg.vector_norm
+@scripted
+def _sieved(
+    model: Tensor, oracle: Tensor, run: int, difference: Tensor, block: int = BLOCK
+) -> tuple[float, float, float]:
+    """Fill ``difference``; return squared error, squared norm, and how far any block may lie.
+
+    A block is no farther than the run of blocks around it, and its norm is taken as its row's mean
+    or larger: a sieve that lets no farther one pass.
+    """
+    rows, columns = oracle.shape
+    torch.sub(model, oracle, out=difference)
+    errors = torch.linalg.vector_norm(difference.view(rows, -1, run), dim=[2])
+    norms = torch.linalg.vector_norm(oracle, dim=[1])
+    error = torch.linalg.vector_norm(errors, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(norms, dtype=torch.float64)
+    farthest = (errors.amax([1]) / norms).max() * (columns / block) ** 0.5
+    return float(error.square()), float(norm.square()), float(farthest)
 
 
 def moved(distance: Distance, rows: int) -> Distance:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,13 +122,14 @@ class GgufFile:
         Raises:
             SourceError: as for ``tensor``, or the file was cut short since it was opened.
         """
-        info, raw = self.info(name), self.raw(name)
+        info = self.info(name)
         if isinstance(rows, slice):
-            blocks = _own_memory((rows.stop - rows.start, raw.shape[1]))
-            self._reader(info).fill(blocks, info.offset + rows.start * raw.shape[1])
+            row = info.n_bytes // info.rows
+            blocks = _own_memory((rows.stop - rows.start, row))
+            self._reader(info).fill(blocks, info.offset + rows.start * row)
             self._decode(info, blocks, out)
         else:
-            self._decode(info, _copied(raw[rows]), out)
+            self._decode(info, _copied(self.raw(name)[rows]), out)
 
     def fetch(self, name: str) -> None:
         """Let the system begin to read a tensor's bytes, which are soon to be used."""
@@ -187,8 +189,7 @@ class GgufFile:
         self, info: TensorInfo, blocks: NDArray[np.uint8], out: NDArray[np.float32]
     ) -> None:
         try:
-            with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
-                _decoder(info)(blocks, out)
+            _decoder(info.type)(blocks, out)
         except NotImplementedError:  # of gguf: it knows the type, and has no decoder for it
             raise SourceError(
                 f"{one_line(self.path)}: tensor {one_line(info.name)!r} is of type {info.type}, "
@@ -261,19 +262,20 @@ def _architecture(part: GgufPart) -> str:
     )
 
 
-def _decoder(info: TensorInfo) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], None]:
+@cache
+def _decoder(kind: str) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], None]:
     """Return what decodes raw rows, (rows, bytes per row), into values, (rows, columns)."""
-    if plain := _PLAIN.get(info.type):
+    if plain := _PLAIN.get(kind):
         return lambda blocks, out: np.copyto(out, blocks.view(plain), casting="unsafe")
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    kind = GGMLQuantizationType[info.type]
-    values, size = GGML_QUANT_SIZES[kind]
+    type_ = GGMLQuantizationType[kind]
+    values, size = GGML_QUANT_SIZES[type_]
     import torch
 
     from pytest_aprt.sources.dequant import UNPACK
 
-    if unpack := UNPACK.get(info.type):
+    if unpack := UNPACK.get(kind):
 
         def decode(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
             packed = torch.from_numpy(blocks).view(-1, size)
@@ -282,7 +284,11 @@ def _decoder(info: TensorInfo) -> Callable[[NDArray[np.uint8], NDArray[np.float3
         return decode
     from gguf.quants import dequantize
 
-    return lambda blocks, out: np.copyto(out, dequantize(blocks, kind))
+    def decode_slowly(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
+            np.copyto(out, dequantize(blocks, type_))
+
+    return decode_slowly
 
 
 def _own_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:

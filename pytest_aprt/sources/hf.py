@@ -195,7 +195,7 @@ class HfFolder:
         row = entry.n_bytes // entry.shape[0]
         raw = buffer("raw", (len(rows) * row,), torch.uint8)
         self._reader(entry).fill(raw.numpy(), entry.offset + rows.start * row)
-        out.copy_(raw.view(dtype).view(out.shape))
+        out.copy_(buffer("raw", out.shape, dtype))  # the same memory
 
     def fetch(self, name: str) -> None:
         """Let the system begin to read a tensor's bytes, which are soon to be used."""
