@@ -8,7 +8,6 @@ multiplied, and compared with the other side's, by as many threads as there are 
 from __future__ import annotations
 
 import contextvars
-import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from pytest_aprt.buffers import buffer
+from pytest_aprt.cores import available_cores
 from pytest_aprt.scripted import scripted
 
 PIECE = 1 << 19
@@ -282,13 +282,6 @@ _multiply = scripted(_multiply_by_onednn if _has_onednn() else _multiply_plainly
 # -- threads ---------------------------------------------------------------------------------------
 
 _threads = 0
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @cache

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pytest_aprt.architectures import EMBEDDING, FINAL_NORM, HEAD, Architecture
 from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, GGML_INPUTS, Arithmetic
+from pytest_aprt.cores import available_cores
 from pytest_aprt.facts import Facts
-from pytest_aprt.matrices import available_cores
 from pytest_aprt.rounding import ROUNDINGS, Rounded, kept_as
 from pytest_aprt.stages import STAGES
 from pytest_aprt.strips import Strips, each, mapped, ranges, rows, too_large

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -543,7 +544,23 @@ def _plain(value: Any) -> Any:
 
 def write(report: Report, path: Path) -> None:
     """Write a report as JSON; a crash leaves the old file or none, never a half one."""
-    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(path, _json(report))
+
+
+def _json(report: Report) -> str:
+    """Return a report as text, a line for each of its parts and for each item of a list.
+
+    The C encoder of ``json`` indents nothing, and is five times as fast as the one that does.
+    """
+    text = functools.partial(json.dumps, allow_nan=False)
+    parts = []
+    for key, value in report.items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(map(text, value))
+            parts.append(f"{text(key)}: [\n{lines}\n]")
+        else:
+            parts.append(f"{text(key)}: {text(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write_text(path: Path, text: str) -> None:

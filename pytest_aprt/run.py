@@ -29,6 +29,7 @@ from pytest_aprt.positions import note_on
 from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs import LOGITS, PATH, Row, decode_names, following, unavailable
+from pytest_aprt.rungs.beside import TokenRows
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
@@ -55,6 +56,7 @@ def run(
     user_engine: Any | None,
     progress: Progress,
     keep: Keep = lambda side, prompt, layers: layers,
+    tokens: TokenRows = token_rows,
 ) -> report.Report:
     """Run model and oracle on the prompts and judge every point.
 
@@ -64,6 +66,7 @@ def run(
         user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
         progress: told after every layer.
         keep: wraps the layers of both sides (see ``measure_pair``).
+        tokens: returns the tokens rung.
 
     Raises:
         AprtError: the input cannot be run.
@@ -85,7 +88,7 @@ def run(
         measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     thresholds = thresholds_of(settings)
     finals = measurement.finals
-    rungs = {"tokens": token_rows(pair, [prompt.text for prompt in prompts if prompt.text])}
+    rungs = {"tokens": tokens(pair, [prompt.text for prompt in prompts if prompt.text])}
     if measurement.stopped is not None:
         rungs |= rungs_not_run(measurement.stopped, settings)
     else:

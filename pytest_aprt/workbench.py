@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pytest_aprt.captures import Captures
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import ContractJson, Report
+    from pytest_aprt.rungs.beside import TokenRows
     from pytest_aprt.sides import Sides
 
 NAME = "aprt_workbench"
@@ -189,6 +190,19 @@ class Workbench:
 
     @seldom_collected()
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
+        from pytest_aprt.rungs.beside import tokens_beside
+
+        with tokens_beside(headers, settings) as tokens:  # it begins before torch is imported
+            self.report = self._result(headers, settings, tokens)
+        from pytest_aprt import report
+        from pytest_aprt.render import files
+
+        if self.config.pluginmanager.hasplugin("dsession"):
+            report.write(self.report, self._scratch.path / "report.json")
+        if settings.report is not None:
+            files.write(self.report, settings.report)
+
+    def _result(self, headers: Headers | Sides, settings: Settings, tokens: TokenRows) -> Report:
         from pytest_aprt import report
         from pytest_aprt.baseline import compare
         from pytest_aprt.captures import CaptureWriter
@@ -207,16 +221,12 @@ class Workbench:
             earlier = None if settings.baseline is None else report.read(settings.baseline)
             if isinstance(headers, Sides):
                 oracle = user_engine(self.config, settings.oracle_side)
-                result = run_totals(headers, settings, engine, progress, user_oracle=oracle, **keep)
+                found = run_totals(headers, settings, engine, progress, user_oracle=oracle, **keep)
             else:
-                result = run(headers, settings, engine, progress, **keep)
+                found = run(headers, settings, engine, progress, tokens=tokens, **keep)
             if earlier is not None and settings.baseline is not None:
-                result["baseline"] = compare(result, earlier, settings.baseline)
-        if self.config.pluginmanager.hasplugin("dsession"):
-            report.write(result, self._scratch.path / "report.json")
-        self.report = result
-        if settings.report is not None:
-            files.write(result, settings.report)
+                found["baseline"] = compare(found, earlier, settings.baseline)
+        return found
 
     @cached_property
     def report(self) -> Report:

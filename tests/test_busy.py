@@ -15,6 +15,7 @@ from harness import fixture_pair
 
 from pytest_aprt import matrices, weights
 from pytest_aprt.arithmetic import PROFILES
+from pytest_aprt.cores import available_cores
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import measure_pair
 from pytest_aprt.readings import Prompt
@@ -27,7 +28,7 @@ SPIN = "print(flush=True)\nwhile True: pass"
 def busy_cores():
     processes = [
         subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE)
-        for _ in range(matrices.available_cores())
+        for _ in range(available_cores())
     ]
     try:
         for process in processes:
