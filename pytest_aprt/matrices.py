@@ -46,7 +46,7 @@ class Matrix:
 
     ``side`` is ``model`` or ``oracle``; ``order`` is the layer and the place in it, equal on both
     sides: it sorts the matrices as they are used.
-    ``fetch`` says that it is soon to be read, ``read`` fills some of its rows into a buffer.
+    ``read`` fills some of its rows into a buffer.
     """
 
     name: str
@@ -54,7 +54,6 @@ class Matrix:
     order: tuple[int, int]
     rows: int
     columns: int
-    fetch: Callable[[], None]
     read: Callable[[range, Tensor], None]
 
     def pieces(self) -> Iterator[range]:

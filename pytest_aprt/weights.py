@@ -7,7 +7,7 @@ large matrices are not even held: ``times`` multiplies by them piece by piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -131,23 +131,6 @@ class _Named:
         return self.stored(layer, suffix) in self.tensors
 
 
-class _LayerCache:
-    """Keeps the last layer; the system begins to read what is too large to be held of the next."""
-
-    def __init__(self, load: Callable[[int], Layer], layers: int) -> None:
-        self._load, self._layers = load, layers
-        self._index: int | None = None
-        self._layer: Layer | None = None
-
-    def __call__(self, index: int) -> Layer:
-        if index != self._index or self._layer is None:
-            self._index, self._layer = index, self._load(index)
-            if index + 1 < self._layers:
-                for matrix in self._load(index + 1).matrices.values():
-                    matrix.fetch()
-        return self._layer
-
-
 _NARROWER = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -173,7 +156,7 @@ class HfWeights(_Named):
         super().__init__(HfCheckpoint(folder, architecture))
         self._folder, self._facts, self._side, self._dtype = folder, facts, side, dtype
         self._architecture = architecture
-        self.layer = _LayerCache(self._load, facts.layers)
+        self.layer = lru_cache(maxsize=1)(self._load)
         self._matrices: dict[str, Matrix] = {}
 
     @property
@@ -220,8 +203,7 @@ class HfWeights(_Named):
             if self._dtype != torch.float32:
                 out.copy_(out.to(self._dtype))
 
-        fetch = partial(self._folder.fetch, stored)
-        return Matrix(name, self._side, order, rows, columns, fetch, read)
+        return Matrix(name, self._side, order, rows, columns, read)
 
     def _load(self, index: int) -> Layer:
         names = list(self._architecture.layer_tensors)
@@ -241,7 +223,7 @@ class GgufWeights(_Named):
         self._file = file
         self._architecture = architecture
         self._facts = facts
-        self.layer = _LayerCache(self._load, facts.layers)
+        self.layer = lru_cache(maxsize=1)(self._load)
         self._matrices: dict[str, Matrix] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -280,8 +262,7 @@ class GgufWeights(_Named):
                 span = permutation[span].numpy()
             self._file.fill(stored, span, out.numpy())
 
-        fetch = partial(self._file.fetch, stored)
-        return Matrix(name, "model", order, rows, columns, fetch, read)
+        return Matrix(name, "model", order, rows, columns, read)
 
     def _load(self, index: int) -> Layer:
         names, large = list(self._architecture.layer_tensors), {}

@@ -31,7 +31,7 @@ class Counted:
         generator = torch.Generator().manual_seed(order)
         self.values = torch.randn(1000, 64, generator=generator)
         self.reads = torch.zeros(1000)
-        self.matrix = Matrix(name, side, (0, order), 1000, 64, lambda: None, self._read)
+        self.matrix = Matrix(name, side, (0, order), 1000, 64, self._read)
 
     def _read(self, rows: range, out: torch.Tensor) -> None:
         self.reads[rows.start : rows.stop] += 1

@@ -126,7 +126,7 @@ class LoadedWeights:
                 out.copy_(values[wanted.start : wanted.stop])
 
             rows, columns = values.shape
-            self._matrices[name] = Matrix(name, "model", place, rows, columns, _nothing, read)
+            self._matrices[name] = Matrix(name, "model", place, rows, columns, read)
         return self._matrices[name]
 
     @cached_property
@@ -179,7 +179,3 @@ def _without_bias(module: nn.Module) -> Iterator[None]:
     finally:
         for place, bias in zip(places, before, strict=True):
             place["bias"] = bias
-
-
-def _nothing() -> None:
-    """Fetch nothing: it lies in memory."""

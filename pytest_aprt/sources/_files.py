@@ -248,8 +248,3 @@ class Reader:
                     "found the file's end: it was cut short while it was read; fetch it anew"
                 )
             left, offset = left[count:], offset + count
-
-    def fetch(self, offset: int, n_bytes: int) -> None:
-        """Let the system begin to read a part of the file, while others compute."""
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._file, offset, n_bytes, os.POSIX_FADV_WILLNEED)

@@ -131,11 +131,6 @@ class GgufFile:
         else:
             self._decode(info, _copied(self.raw(name)[rows]), out)
 
-    def fetch(self, name: str) -> None:
-        """Let the system begin to read a tensor's bytes, which are soon to be used."""
-        info = self.info(name)
-        self._reader(info).fetch(info.offset, info.n_bytes)
-
     def _reader(self, info: TensorInfo) -> Reader:
         if info.part not in self._readers:
             self._readers[info.part] = Reader(self.parts[info.part])

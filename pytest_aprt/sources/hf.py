@@ -197,11 +197,6 @@ class HfFolder:
         self._reader(entry).fill(raw.numpy(), entry.offset + rows.start * row)
         out.copy_(buffer("raw", out.shape, dtype))  # the same memory
 
-    def fetch(self, name: str) -> None:
-        """Let the system begin to read a tensor's bytes, which are soon to be used."""
-        entry = self._entry(name)
-        self._reader(entry).fetch(entry.offset, entry.n_bytes)
-
     def _reader(self, entry: Entry) -> Reader:
         if entry.file not in self._readers:
             self._readers[entry.file] = Reader(entry.file)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,7 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class Ran:
-    """What a process took; ``ended`` says why it was stopped, if it was."""
+    """What a process took with its children; ``ended`` says why it was stopped, if it was."""
 
     wall_s: float
     cpu_s: float
@@ -76,8 +77,9 @@ def ran(command: list[str], limit_s: float, env: dict[str, str] | None = None) -
         )
         pid = 0
         while not pid:
-            anonymous = max(anonymous, _status(process.pid, "RssAnon"))
-            file_backed = max(file_backed, _status(process.pid, "RssFile"))
+            family = _family(process.pid)
+            anonymous = max(anonymous, sum(_status(each, "RssAnon") for each in family))
+            file_backed = max(file_backed, sum(_status(each, "RssFile") for each in family))
             if not ended and time.perf_counter() - started > limit_s:
                 ended = f"ended at {limit_s:.0f} s"
                 process.kill()
@@ -92,6 +94,16 @@ def ran(command: list[str], limit_s: float, env: dict[str, str] | None = None) -
             said.seek(0)
             sys.exit(f"{' '.join(command)[:200]} failed:\n{said.read().decode()[-3000:]}")
     return Ran(wall, usage.ru_utime + usage.ru_stime, anonymous, file_backed, ended)
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and all its descendants."""
+    found = [pid]
+    for each in found:
+        for listed in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(OSError):
+                found += map(int, listed.read_text().split())
+    return found
 
 
 def _status(pid: int, key: str) -> int:
