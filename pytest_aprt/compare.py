@@ -148,8 +148,10 @@ def _by_strips(function: Callable[..., _T], view: View, *sides: Tensor) -> list[
     if len(shape) == 2:
         shape = (1, *shape)
 
+    distinct = {id(side): side for side in sides}
+
     def of_strip(queries: range) -> _T:
-        made = {id(side): rows(side, queries) for side in sides}  # each once, whoever shares it
+        made = {key: rows(side, queries) for key, side in distinct.items()}
         return function(view.part(queries), *(made[id(side)] for side in sides))
 
     return each(shape, of_strip)
