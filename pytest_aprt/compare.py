@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,13 +81,15 @@ class View:
     """How a stage's tensor is looked at: with heads as an axis, and only where it counts.
 
     ``visible`` (T, T) bool says which keys each query may see; only those scores count. ``first``
-    is the position of the first token that the tensor holds.
+    is the position of the first token that the tensor holds. ``unseen`` last keys, which no query
+    sees, are left out of the tensor.
     """
 
     stage: Stage
     facts: Facts
     visible: Tensor | None = None
     first: int = 0
+    unseen: int = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the tensor in float64, shaped as the stage's axes."""
@@ -109,6 +111,26 @@ class View:
             visible = visible[: self.first + queries.stop]
         return replace(self, first=first, visible=visible)
 
+    def seen_part(self, sides: Mapping[int, Tensor]) -> tuple[View, Mapping[int, Tensor]]:
+        """Return both without the last keys, if no query sees them and nothing counts there.
+
+        Of a causal mask that is half the work.
+        """
+        if self.visible is None or self.stage.axes[-1] != "key":
+            return self, sides
+        total = self.visible.shape[-1]
+        seen = self.visible[self.first :].any(0).nonzero()
+        keys = int(seen[-1]) + 1 if len(seen) else total
+        counts = self.stage.kind != "scores"  # probabilities are to be zero where nothing is seen
+        if keys == total or (counts and any(s[..., keys:].any() for s in sides.values())):
+            return self, sides
+        view = replace(self, visible=self.visible[:, :keys], unseen=total - keys)
+        return view, {key: side[..., :keys] for key, side in sides.items()}
+
+    def share(self, shape: Sequence[int]) -> float:
+        """Return for how many elements each one stands, as unseen keys count too."""
+        return 1.0 if self.stage.kind == "scores" else 1 + self.unseen / shape[-1]
+
     def place(self, axis: str | None, index: int) -> int:
         """Return an index along an axis as the whole prompt counts it."""
         return index + self.first if axis == "token" else index
@@ -127,8 +149,7 @@ class View:
 def non_finite(tensor: Tensor, view: View) -> int:
     """Return how many of the elements that count are NaN or infinite."""
 
-    def counted_in(view: View, tensor: Tensor) -> int:
-        values = view(tensor)
+    def counted_in(view: View, values: Tensor) -> int:
         counted = view.counted(values.shape)
         if counted is not None:
             values = values.where(counted, 0.0)
@@ -138,23 +159,28 @@ def non_finite(tensor: Tensor, view: View) -> int:
 
 
 def _by_strips(function: Callable[..., _T], view: View, *sides: Tensor) -> list[_T]:
-    """Return ``function(view, *sides)``, of every strip of tokens where they are many.
+    """Return ``function(view, *sides)`` of what the view makes of them, of every strip of tokens.
 
     In float64 a large stage would take several times its memory, and leave the cache in between.
+    Whatever is large is made anew whenever it is read, so a side that comes twice is read once.
     """
-    shape = tuple(sides[0].shape)
-    if "token" not in view.stage.axes or not too_large(shape):
-        return [function(view, *sides)]
-    if len(shape) == 2:
-        shape = (1, *shape)
-
     distinct = {id(side): side for side in sides}
 
-    def of_strip(queries: range) -> _T:
-        made = {key: rows(side, queries) for key, side in distinct.items()}
-        return function(view.part(queries), *(made[id(side)] for side in sides))
+    def looked_at(view: View, made: Mapping[int, Tensor]) -> _T:
+        view, found = view.seen_part({key: view(side) for key, side in made.items()})
+        return function(view, *(found[id(side)] for side in sides))
 
-    return each(shape, of_strip)
+    shape = tuple(sides[0].shape)
+    if "token" not in view.stage.axes or not too_large(shape):
+        return [looked_at(view, distinct)]
+    if len(shape) == 2:
+        shape = (1, *shape)
+    return each(
+        shape,
+        lambda queries: looked_at(
+            view.part(queries), {key: rows(side, queries) for key, side in distinct.items()}
+        ),
+    )
 
 
 def measure(a: Tensor, b: Tensor, view: View, top: int = 1, *, pictured: bool = False) -> Metrics:
@@ -181,15 +207,51 @@ class Comparison(NamedTuple):
 
 
 def measure_each(comparisons: Sequence[Comparison], view: View) -> list[Metrics]:
-    """Return the metrics of every comparison; a strip that several share is made once."""
+    """Return the metrics of every comparison."""
+    parts = _by_strips(_sums_of(comparisons), view, *_sides_of(comparisons))
+    return _metrics_of(comparisons, parts, view)
 
-    def partial_sums(view: View, *sides: Tensor) -> list[_Sums]:
+
+def judge_and_measure(
+    model: Tensor,
+    reference: Reference,
+    view: View,
+    tolerance: Tolerance,
+    comparisons: Sequence[Comparison],
+) -> tuple[Slice | None, list[Metrics]]:
+    """Do what ``judge`` and ``measure_each`` do, and read each strip once."""
+    judged = _judged_by(model, reference, reference.value)
+    sums_of, count = _sums_of(comparisons), len(judged)
+
+    def both(view: View, *sides: Tensor) -> tuple[_Judged, list[_Sums]]:
+        return _squares(view, *sides[:count]), sums_of(view, *sides[count:])
+
+    parts = _by_strips(both, view, *judged, *_sides_of(comparisons))
+    worst = _worst_of([squares for squares, _ in parts], view, tolerance)
+    if worst is not None and worst.excess > QUIET:
+        response = mapped(lambda r: r / FLOAT32_ULP, reference.response)
+        parts_again = _by_strips(_squares, view, *_judged_by(model, reference, response))
+        worst = _worst_of(parts_again, view, tolerance)
+    return worst, _metrics_of(comparisons, [sums for _, sums in parts], view)
+
+
+def _sides_of(comparisons: Sequence[Comparison]) -> list[Tensor]:
+    return [side for asked in comparisons for side in (asked.a, asked.b)]
+
+
+def _sums_of(comparisons: Sequence[Comparison]) -> Callable[..., list[_Sums]]:
+    def sums_of(view: View, *sides: Tensor) -> list[_Sums]:
         pairs = zip(sides[::2], sides[1::2], comparisons, strict=True)
         return [_sums(a, b, view, asked.top, asked.pictured) for a, b, asked in pairs]
 
-    sides = [side for asked in comparisons for side in (asked.a, asked.b)]
-    parts = zip(*_by_strips(partial_sums, view, *sides), strict=True)
-    return [_metrics(part, view, c.top) for part, c in zip(parts, comparisons, strict=True)]
+    return sums_of
+
+
+def _metrics_of(
+    comparisons: Sequence[Comparison], parts: Sequence[Sequence[_Sums]], view: View
+) -> list[Metrics]:
+    columns = zip(*parts, strict=True)
+    return [_metrics(part, view, c.top) for part, c in zip(columns, comparisons, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +267,12 @@ class _Sums:
 
 
 def _sums(a: Tensor, b: Tensor, view: View, top: int, pictured: bool) -> _Sums:
-    used, bad, x, y = _usable(view, view(a), view(b))
+    used, bad, x, y = _usable(view, a, b)
     d = (x - y).abs()
     xx, yy, xy, dd = (
         float(v.reshape(-1).dot(w.reshape(-1))) for v, w in ((x, x), (y, y), (x, y), (d, d))
     )
-    compared = x.numel() if used is None else int(used.sum())
+    compared = round((x.numel() if used is None else int(used.sum())) * view.share(x.shape))
     either = None if bad is None else bad[0] | bad[1]
     return _Sums(
         products=(xx, yy, xy, dd),
@@ -218,7 +280,7 @@ def _sums(a: Tensor, b: Tensor, view: View, top: int, pictured: bool) -> _Sums:
         non_finite=(0, 0) if bad is None else (int(bad[0].sum()), int(bad[1].sum())),
         largest=_top(x, y, d, view, top) if compared else (),
         tokens=_token_norms(d, y, view),
-        picture=picture_of(d, either, view.stage.axes) if pictured else None,
+        picture=picture_of(d, either, view.stage.axes, view.unseen) if pictured else None,
     )
 
 
@@ -264,18 +326,19 @@ def judge(model: Tensor, reference: Reference, view: View, tolerance: Tolerance)
         tolerance: bound on ``|model - reference| / scale`` of every slice; an element's doubt
             is taken off its error first.
     """
-    worst = _judged(model, reference, view, tolerance, reference.value)
-    if worst is None or worst.excess <= QUIET:
-        return worst
-    response = mapped(lambda r: r / FLOAT32_ULP, reference.response)
-    return _judged(model, reference, view, tolerance, response)
+    worst, _ = judge_and_measure(model, reference, view, tolerance, ())
+    return worst
 
 
-def _judged(
-    model: Tensor, reference: Reference, view: View, tolerance: Tolerance, response: Tensor
-) -> Slice | None:
+def _judged_by(model: Tensor, reference: Reference, response: Tensor) -> tuple[Tensor, ...]:
     doubts = () if reference.doubt is None else (reference.doubt,)
-    parts = _by_strips(_squares, view, model, reference.value, response, *doubts)
+    return model, reference.value, response, *doubts
+
+
+_Judged = tuple[bool, "dict[str, _Squares]"]
+
+
+def _worst_of(parts: Sequence[_Judged], view: View, tolerance: Tolerance) -> Slice | None:
     if not any(used for used, _ in parts):
         return None
     sums = {axis: [found[axis] for _, found in parts] for axis in ("all", *view.stage.slices)}
@@ -285,18 +348,20 @@ def _judged(
 
 def _squares(
     view: View, model: Tensor, value: Tensor, response: Tensor, doubt: Tensor | None = None
-) -> tuple[bool, dict[str, _Squares]]:
+) -> _Judged:
     """Return whether anything can be compared, and the sums of every slice by axis."""
-    used, _, x, y, r = _usable(view, *map(view, (model, value, response)))
+    used, _, x, y, r = _usable(view, model, value, response)
     error = x - y
     if doubt is not None:
-        error = (error.abs() - view(doubt)).clamp(min=0.0)
+        error = (error.abs() - doubt).clamp(min=0.0)
         error = error if used is None else error.where(used, 0.0)
     sums = _Squares(
         error=error.square(),
         value=y.square(),
         response=r.square(),
-        elements=torch.ones_like(y) if used is None else used.double(),
+        elements=torch.full_like(y, view.share(y.shape))
+        if used is None
+        else used.double() * view.share(y.shape),
     )
     found = {"all": sums.over(lambda v: v.sum()[None])}
     found |= {axis: sums.over(_summed(axis, view)) for axis in view.stage.slices}

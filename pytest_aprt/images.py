@@ -44,16 +44,19 @@ class Picture(NamedTuple):
     largest: float  # of what is finite
 
 
-def picture_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) -> Picture | None:
+def picture_of(
+    difference: Tensor, bad: Tensor | None, axes: tuple[str, ...], further: int = 0
+) -> Picture | None:
     """Return the first half of an image; None where the difference has one axis or no element.
 
     Args:
         difference: ``|a - b|``, shaped as ``axes``, finite.
         bad: which elements are not finite on a side: bool, of the same shape; None where all are.
         axes: names; heads are laid beside each other, or over each other for scores.
+        further: columns on the right that were left out, as they are zero.
     """
     from torch import inf
-    from torch.nn.functional import adaptive_max_pool1d
+    from torch.nn.functional import adaptive_max_pool1d, pad
 
     if difference.ndim < 2 or not difference.numel():
         return None
@@ -61,7 +64,7 @@ def picture_of(difference: Tensor, bad: Tensor | None, axes: tuple[str, ...]) ->
     marked = difference if bad is None else difference.masked_fill(bad, inf)
     if axes[0] == "head":
         marked = marked.amax(0)
-    flat = marked.reshape(marked.shape[0], -1)
+    flat = pad(marked.reshape(marked.shape[0], -1), (0, further))
     columns = flat.shape[1]
     pooled = adaptive_max_pool1d(flat.float(), min(columns, LARGEST))
     return Picture(pooled, columns, largest)

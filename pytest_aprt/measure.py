@@ -22,8 +22,10 @@ from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import (
     TOP_DIFFS,
     Comparison,
+    Metrics,
     View,
     judge,
+    judge_and_measure,
     measure,
     measure_each,
 )
@@ -302,7 +304,11 @@ def _point_errors(
             point=point, prompt=lane.index, shape=shape, missing=True, weights=weights
         )
     value, replays = model[name], lane.model_replay
-    readings = readings_of(point, value, replays, view)
+    of_total = Comparison(value, oracle[name])
+    of_engine = Comparison(value, shadow[name], pictured=True)
+    readings, (total, weights, engine) = readings_of(
+        point, value, replays, view, [of_total, of_weights, of_engine]
+    )
     exact = readings[0]
     born = exact.local.non_finite_a
     if born and not replays.parents_finite(point, view_of):
@@ -310,9 +316,6 @@ def _point_errors(
     if lane.index == 0:
         for side in (value, oracle[name]):  # of the oracle where the engine has no finite stage
             checks.canary(point, side, view)
-    of_total = Comparison(value, oracle[name])
-    of_engine = Comparison(value, shadow[name], pictured=True)
-    total, weights, engine = measure_each([of_total, of_weights, of_engine], view)
     return PointErrors(
         point=point,
         prompt=lane.index,
@@ -330,52 +333,58 @@ def _point_errors(
 
 
 def readings_of(
-    point: Point, value: Tensor, replays: BridgedReplay, view: View
-) -> tuple[Reading, ...]:
-    """Return the exact reading and, where that leaves an error, all that explain it."""
+    point: Point,
+    value: Tensor,
+    replays: BridgedReplay,
+    view: View,
+    beside: Sequence[Comparison] = (),
+) -> tuple[tuple[Reading, ...], list[Metrics]]:
+    """Return the exact reading and, where that leaves an error, all that explain it.
+
+    ``beside`` is compared on the way, so that what is large is made once.
+    """
     bracket = replays.bracket(point)
     group = group_of(point, bracket)
     kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
     exact, *others = replays.profile.arithmetics(kinds)
-    first = _reading(point, value, replays, view, exact, only_explaining=False)
-    assert first is not None  # the exact arithmetic has no blocks
+    reference = replays.reference(point, exact)
+    of_local = Comparison(value, reference.value, TOP_DIFFS, pictured=True)
+    worst, (local, *metrics) = judge_and_measure(
+        value, reference, view, exact.tolerance, [of_local, *beside]
+    )
+    first = Reading(arithmetic=exact, local=local, worst=worst)
     votes = not replays.stood_in(point)
     if first.explains:
         replays.tally.add(group, (first,) if votes and first.worst is not None else ())
-        return (first,)
+        return (first,), metrics
     leaders = [a for a in replays.tally.leaders(group) if a in others]
-    read = (_reading(point, value, replays, view, arithmetic) for arithmetic in leaders)
+    read = (_explaining(point, value, replays, view, arithmetic) for arithmetic in leaders)
     led = [reading for reading in read if reading is not None]
     if leaders and len(led) == len(leaders):
         replays.tally.add(group, led if votes else ())
-        return first, *led
+        return (first, *led), metrics
     dtype = next((d for d in ("bfloat16", "float16") if fits(value, d)), "float32")
     found = [
         reading
         for arithmetic in others
         if arithmetic.storage in ("float32", dtype)
-        and (reading := _reading(point, value, replays, view, arithmetic)) is not None
+        and (reading := _explaining(point, value, replays, view, arithmetic)) is not None
         and _is_far_better(reading, first, across=bool(bracket))
     ]
     replays.tally.add(group, found if votes else ())
-    return first, *found
+    return (first, *found), metrics
 
 
-def _reading(
-    point: Point,
-    value: Tensor,
-    replays: BridgedReplay,
-    view: View,
-    arithmetic: Arithmetic,
-    *,
-    only_explaining: bool = True,
+def _explaining(
+    point: Point, value: Tensor, replays: BridgedReplay, view: View, arithmetic: Arithmetic
 ) -> Reading | None:
+    """Return the reading in an arithmetic, None where that leaves an error or does not fit."""
     try:
         reference = replays.reference(point, arithmetic)
     except UnfitError:
         return None
     worst = judge(value, reference, view, arithmetic.tolerance)
-    if only_explaining and not explains(worst):
+    if not explains(worst):
         return None
     local = measure(value, reference.value, view, TOP_DIFFS, pictured=True)
     return Reading(arithmetic=arithmetic, local=local, worst=worst)

@@ -321,7 +321,7 @@ class _Lane:
         replays, stage = self._replays[side], STAGES[errors.point.stage]
         view = View(stage, self._sides.oracle_facts, seen, replays.first)
         value = last(stage.name, value, len(self._prompt.tokens) - replays.first)
-        readings = readings_of(errors.point, value, replays, view)
+        readings, _ = readings_of(errors.point, value, replays, view)
 
         def view_of(parent: Stage) -> View:
             return View(parent, self._sides.oracle_facts, seen, replays.first)

@@ -77,8 +77,14 @@ SPOILT = {
 }
 
 
+UNSEEN = {
+    "a number where nothing is seen": lambda x, y: (x.tril_(), y.tril_(), x[1, 4, 25].fill_(0.5)),
+    "zero where nothing is seen": lambda x, y: (x.tril_(), y.tril_()),
+}
+
+
 @pytest.mark.parametrize("name", ["attn_scores", "attn_softmax"])
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("spoil", [*SPOILT.values(), *UNSEEN.values()], ids=[*SPOILT, *UNSEEN])
 def test_metrics_are_those_of_the_whole_tensors(monkeypatch, name, spoil):
     x, y, response = stage(0), stage(0) + 1e-3 * stage(1), stage(2).abs().double() * 1e-9
     doubt = 1e-4 * stage(3).abs().double()
