@@ -12,9 +12,9 @@ from pytest_aprt.capture import CheckedEngine, LayerStages
 from pytest_aprt.dump import DumpRunner
 from pytest_aprt.dump_checks import CheckedDump
 from pytest_aprt.engines.command_line import OF_THE_PROMPT, CommandLine
-from pytest_aprt.engines.process import ending, finished, tail
 from pytest_aprt.errors import CaptureError, EngineError, SettingsError, SourceError
 from pytest_aprt.options import DEFAULT_ENGINE_TIMEOUT_S
+from pytest_aprt.process import ending, finished, tail
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair

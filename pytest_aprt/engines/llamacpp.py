@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from pytest_aprt.architectures import Architecture
 from pytest_aprt.engines import require
-from pytest_aprt.engines.process import Child
 from pytest_aprt.errors import EngineError, SettingsError
 from pytest_aprt.facts import Facts
+from pytest_aprt.process import Child
 
 Array = NDArray[np.float32]
 

@@ -17,9 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_aprt.cores import available_cores
-from pytest_aprt.engines.process import Child
 from pytest_aprt.errors import EngineError
 from pytest_aprt.pair import Headers
+from pytest_aprt.process import Child
 from pytest_aprt.rungs import Row
 
 if TYPE_CHECKING:

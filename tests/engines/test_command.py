@@ -16,9 +16,9 @@ from harness import FIXTURES, TOKENS, fixture_pair, verdict_of
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.engines.command import Command, values_of
 from pytest_aprt.engines.command_line import PLACEHOLDERS, CommandLine
-from pytest_aprt.engines.process import finished
 from pytest_aprt.errors import EngineError, SettingsError, SourceError
 from pytest_aprt.measure import measure_pair
+from pytest_aprt.process import finished
 from pytest_aprt.readings import Prompt
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.sources.aprt import WHOLE_MODEL, write_tensor

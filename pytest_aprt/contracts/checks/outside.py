@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pytest_aprt.contracts.references import root_of
 from pytest_aprt.contracts.subject import BlockedError, Finding, Subject
-from pytest_aprt.engines.process import finished
+from pytest_aprt.process import finished
 
 _TAIL = 400  # characters of output that a detail shows
 NOT_RUN = {5: "no test was collected", 4: "the node cannot be run"}

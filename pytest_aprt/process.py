@@ -1,4 +1,4 @@
-"""Engines in processes of their own: what they write is read, their end is explained."""
+"""Programs in processes of their own: what they write is read, their end is explained."""
 
 from __future__ import annotations
 
