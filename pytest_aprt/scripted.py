@@ -26,5 +26,6 @@ def scripted(function: _F) -> _F:
             compiled: _F = torch.jit.script(function)
         except Exception:  # whatever a later torch raises, or a package without its source
             return function
-    compiled.__wrapped__ = function  # type: ignore[attr-defined]
+    if compiled is not function:  # as it is where PYTORCH_JIT=0
+        compiled.__wrapped__ = function  # type: ignore[attr-defined]
     return compiled

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -34,6 +36,12 @@ def test_what_torch_refuses_runs_as_it_is():
         yield from x
 
     assert scripted(refused) is refused
+
+
+def test_torch_may_be_told_to_compile_nothing():
+    code = "from pytest_aprt.scripted import scripted as s; f = lambda x: x; assert s(f) is f; "
+    code += "assert not hasattr(f, '__wrapped__')"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTORCH_JIT": "0"}, check=True)
 
 
 def test_nothing_is_said_of_deprecation():
