@@ -33,10 +33,13 @@ class Child:
         name: what to call it in messages.
         module: it is run as ``python -m`` runs it, with this process's import path.
         request: text for its standard input.
+        env: what its environment has besides this process's.
     """
 
-    def __init__(self, name: str, module: str, request: str) -> None:
-        self._name, self._module, self._request = name, module, request
+    def __init__(
+        self, name: str, module: str, request: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        self._name, self._module, self._request, self._env = name, module, request, env or {}
 
     def __enter__(self) -> Child:
         """Start the process."""
@@ -47,8 +50,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            # ggml would start a debugger to print where it was.
-            env={**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"},
+            env={**os.environ, "PYTHONPATH": paths, **self._env},
         )
         assert self._process.stdin and self._process.stdout
         self._out = cast(io.BufferedReader, self._process.stdout)

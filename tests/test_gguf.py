@@ -154,6 +154,12 @@ def test_widens_plain_numbers(tmp_path, name):
         np.testing.assert_array_equal(file.tensor("w"), array.astype(np.float32))
 
 
+def test_what_float32_cannot_hold_is_no_accident_of_ours(tmp_path):
+    path = write(tmp_path / "a.gguf", {"a": np.full((2, 32), 1e300)})
+    with GgufFile.open(path) as file:
+        assert np.isinf(file.tensor("a")).all()  # without numpy's warning, which would be an error
+
+
 def test_chunks_do_not_show(tmp_path, monkeypatch):
     monkeypatch.setattr("pytest_aprt.sources.gguf._CHUNK", 100)
     path = write(tmp_path / "model.gguf", {"w": matrix(17, 32)})
@@ -194,6 +200,7 @@ def test_close(model):
     for read in (
         lambda: file.tensor("output_norm.weight"),
         lambda: file.rows("output_norm.weight", [0]),
+        lambda: file.fill("output_norm.weight", slice(0, 1), np.empty((1, 32), np.float32)),
     ):
         with pytest.raises(SourceError, match="was closed"):
             read()

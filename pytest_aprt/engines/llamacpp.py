@@ -45,6 +45,7 @@ CHANGES = {
     "float16 cache": ("type_k", "type_v"),
 }
 
+_QUIET = {"GGML_NO_BACKTRACE": "1"}  # else ggml starts a debugger to print where it was
 _BY_HEAD = ("q_post_rope", "k_post_rope")  # (tokens, heads, channels)
 _CACHES = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml_type: the profile's name
 
@@ -164,7 +165,7 @@ class LlamaCpp:
             "observe": observe,
         }
         module = "pytest_aprt.engines.llamacpp_process"
-        with Child("llama.cpp", module, json.dumps(request)) as child:
+        with Child("llama.cpp", module, json.dumps(request), _QUIET) as child:
             while True:
                 about = json.loads(child.line())
                 if "error" in about:

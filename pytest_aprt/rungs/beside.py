@@ -31,8 +31,9 @@ TokenRows = Callable[["Pair", Sequence[str]], list[Row]]
 """Returns the tokens rung, as ``tokens.token_rows`` does."""
 
 LARGE = 50_000
-"""Tokens of a vocabulary from which a process pays; the rung of a smaller one takes less than the
-start of a process."""
+"""Tokens of a vocabulary from which a process is started. With 152,000 it spares 0.3 to 0.9 s of a
+run of 6 to 14 s; the rung takes time in proportion, so that with a third little is left to spare.
+"""
 
 
 @contextmanager

@@ -101,9 +101,7 @@ class GgufFile:
         Raises:
             SourceError: no such tensor, or the file was closed.
         """
-        info = self.info(name)
-        if not self._maps:
-            raise SourceError(f"{one_line(self.path)}: was closed; open it again to read {name}")
+        info = self._open_info(name)
         data = np.frombuffer(self._maps[info.part], np.uint8, info.n_bytes, info.offset)
         return data.reshape(info.rows, -1)
 
@@ -122,7 +120,7 @@ class GgufFile:
         Raises:
             SourceError: as for ``tensor``, or the file was cut short since it was opened.
         """
-        info = self.info(name)
+        info = self._open_info(name)
         if isinstance(rows, slice):
             row = info.n_bytes // info.rows
             blocks = _own_memory((rows.stop - rows.start, row))
@@ -130,6 +128,12 @@ class GgufFile:
             self._decode(info, blocks, out)
         else:
             self._decode(info, _copied(self.raw(name)[rows]), out)
+
+    def _open_info(self, name: str) -> TensorInfo:
+        info = self.info(name)
+        if not self._maps:
+            raise SourceError(f"{one_line(self.path)}: was closed; open it again to read {name}")
+        return info
 
     def _reader(self, info: TensorInfo) -> Reader:
         if info.part not in self._readers:
@@ -184,7 +188,8 @@ class GgufFile:
         self, info: TensorInfo, blocks: NDArray[np.uint8], out: NDArray[np.float32]
     ) -> None:
         try:
-            _decoder(info.type)(blocks, out)
+            with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
+                _decoder(info.type)(blocks, out)
         except NotImplementedError:  # of gguf: it knows the type, and has no decoder for it
             raise SourceError(
                 f"{one_line(self.path)}: tensor {one_line(info.name)!r} is of type {info.type}, "
@@ -279,11 +284,7 @@ def _decoder(kind: str) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], No
         return decode
     from gguf.quants import dequantize
 
-    def decode_slowly(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        with np.errstate(all="ignore"):  # a NaN scale is data, not an accident of ours
-            np.copyto(out, dequantize(blocks, type_))
-
-    return decode_slowly
+    return lambda blocks, out: np.copyto(out, dequantize(blocks, type_))
 
 
 def _own_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:

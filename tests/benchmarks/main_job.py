@@ -86,7 +86,7 @@ def ran(command: list[str], limit_s: float, env: dict[str, str] | None = None) -
             if not ended and anonymous > most:
                 ended = f"ended at {anonymous / 1e9:.1f} GB"
                 process.kill()
-            time.sleep(0.05)  # a look at a family takes 1 ms of a core
+            time.sleep(0.05)
             pid, code, usage = os.wait4(process.pid, os.WNOHANG)
         process.returncode = os.waitstatus_to_exitcode(code)
         wall = time.perf_counter() - started
