@@ -29,12 +29,11 @@ from pytest_aprt.positions import note_on
 from pytest_aprt.prompts import PROMPT_SETS, Cut
 from pytest_aprt.readings import Prompt
 from pytest_aprt.rungs import LOGITS, PATH, Row, decode_names, following, unavailable
-from pytest_aprt.rungs.beside import TokenRows
 from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
 from pytest_aprt.rungs.path import path_rows
-from pytest_aprt.rungs.tokens import token_rows
+from pytest_aprt.rungs.tokens import TokenRows, token_rows
 from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
 from pytest_aprt.stages import Point

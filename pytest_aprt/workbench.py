@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_aprt.captures import Captures
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import ContractJson, Report
-    from pytest_aprt.rungs.beside import TokenRows
+    from pytest_aprt.rungs.tokens import TokenRows
     from pytest_aprt.sides import Sides
 
 NAME = "aprt_workbench"
@@ -190,7 +190,7 @@ class Workbench:
 
     @seldom_collected()
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
-        from pytest_aprt.rungs.beside import tokens_beside
+        from pytest_aprt.beside import tokens_beside
 
         with tokens_beside(headers, settings) as tokens:  # it begins before torch is imported
             self.report = self._result(headers, settings, tokens)

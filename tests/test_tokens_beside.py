@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from harness import FIXTURES, fixture_pair
 
+from pytest_aprt import beside
 from pytest_aprt.errors import EngineError
 from pytest_aprt.pair import open_headers
-from pytest_aprt.rungs import beside
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.settings import read_settings
 
@@ -106,7 +106,7 @@ def test_a_process_is_started_where_it_pays(case, monkeypatch):
 
 RUN = """
 import sys, pytest
-from pytest_aprt.rungs import beside
+from pytest_aprt import beside
 beside.LARGE, beside.available_cores = 0, lambda: 2
 line = beside.Child.line
 beside.Child.line = lambda child: print("ANSWERED") or line(child)

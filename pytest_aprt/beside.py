@@ -10,7 +10,7 @@ import base64
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
@@ -24,11 +24,9 @@ from pytest_aprt.rungs import Row
 
 if TYPE_CHECKING:
     from pytest_aprt.pair import Pair
+    from pytest_aprt.rungs.tokens import TokenRows
     from pytest_aprt.settings import Settings
     from pytest_aprt.sides import Sides
-
-TokenRows = Callable[["Pair", Sequence[str]], list[Row]]
-"""Returns the tokens rung, as ``tokens.token_rows`` does."""
 
 LARGE = 50_000
 """Tokens of a vocabulary from which a process is started. With 152,000 it spares 0.3 to 0.9 s of a
