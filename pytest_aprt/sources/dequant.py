@@ -39,7 +39,7 @@ def _scales_and_mins(blocks: Tensor, halves: Tensor) -> tuple[Tensor, Tensor]:
     upper = own.bitwise_right_shift(2).bitwise_and_(48).view(2, 4, -1)
     torch.bitwise_or(upper[0], last.bitwise_and(15), out=sixes[0, 1])
     torch.bitwise_or(upper[1], last.bitwise_right_shift(4), out=sixes[1, 1])
-    factors = halves[:, :2].t().float().view(2, 1, -1)
+    factors = halves[:, :2].t().contiguous().float().view(2, 1, -1)
     found = sixes.view(2, 8, -1).float().mul_(factors).transpose(1, 2).contiguous()
     return found[0].view(-1, 1), found[1].view(-1, 1)
 

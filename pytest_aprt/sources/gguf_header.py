@@ -14,6 +14,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -124,8 +125,7 @@ class _Array:
         if data.closed:
             raise SourceError(f"{one_line(path)}: was closed; open it again to read {self.key}")
         if self.type == _STRING:
-            cursor = _Cursor(path, data, at)
-            return [cursor.string(self.key) for _ in range(self.count)]
+            return _Cursor(path, data, at).strings(self.count, self.key)
         values: list[Any] = np.frombuffer(data, _SCALARS[self.type].format, self.count, at).tolist()
         return values
 
@@ -176,6 +176,20 @@ class _Cursor:
             raise self.damaged(
                 f"{what}: expected UTF-8, found {raw[:40]!r} ({error.reason})"
             ) from None
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """Return ``count`` strings: of a vocabulary and its merges there are 300,000."""
+        at, length_at, data = self.at, _U64.unpack_from, self.data
+        found = []
+        with suppress(struct.error, IndexError, OverflowError, UnicodeDecodeError):
+            for _ in range(count):
+                start = at + 8
+                at = start + length_at(data, at)[0]
+                found.append(str(data[start:at], "utf-8"))
+        if len(found) == count and at <= self.size:
+            self.at = at
+            return found
+        return [self.string(what) for _ in range(count)]  # which says what is wrong, and where
 
     def skip_strings(self, count: int, what: str) -> None:
         """Step over ``count`` strings: the inner loop of opening a file."""
