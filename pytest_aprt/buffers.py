@@ -18,6 +18,23 @@ from torch import Tensor
 
 _own = threading.local()
 
+_HELD = 64 << 20
+"""Bytes of free memory that are kept for the next step. With 16 MB the numbers of a layer of a 7B
+pair lie in fresh pages again and again, 2,000 to 6,000 of a point, and a run takes 0.6 s more."""
+
+_LARGEST = 8 << 20
+"""Bytes of the largest block that is kept; those of larger ones are mapped and unmapped."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def hold_on() -> None:
+    """From now on, let the C library keep free memory for what comes next, where it can."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_TRIM_THRESHOLD, _HELD)  # glibc's
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+
 
 def give_back() -> None:
     """Give memory that is free back to the system, where the C library can.

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pytest_aprt import selftest
 from pytest_aprt.architectures import HEAD
-from pytest_aprt.arithmetic import PROFILES, Arithmetic, Profile
+from pytest_aprt.arithmetic import EXACT, PROFILES, Arithmetic, Profile
 from pytest_aprt.bridges import BridgedReplay
+from pytest_aprt.buffers import hold_on
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import (
     TOP_DIFFS,
@@ -154,6 +155,7 @@ def measure_pair(
         keep: wraps the layers of the sides ``model`` and ``oracle`` on every prompt.
         stop: ends the runs once the first divergence is certain; without it they go on.
     """
+    hold_on()
     result = Measurement()
     runs = _Runs(pair, engine, profile)
     shares_layers = getattr(engine, "shares_layers", False)
@@ -345,18 +347,18 @@ def readings_of(
     """
     bracket = replays.bracket(point)
     group = group_of(point, bracket)
-    kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
-    exact, *others = replays.profile.arithmetics(kinds)
-    reference = replays.reference(point, exact)
+    reference = replays.reference(point, EXACT)
     of_local = Comparison(value, reference.value, TOP_DIFFS, pictured=True)
     worst, (local, *metrics) = judge_and_measure(
-        value, reference, view, exact.tolerance, [of_local, *beside]
+        value, reference, view, EXACT.tolerance, [of_local, *beside]
     )
-    first = Reading(arithmetic=exact, local=local, worst=worst)
+    first = Reading(arithmetic=EXACT, local=local, worst=worst)
     votes = not replays.stood_in(point)
     if first.explains:
         replays.tally.add(group, (first,) if votes and first.worst is not None else ())
         return (first,), metrics
+    kinds = dict.fromkeys(STAGES[p.stage].kind for p in [*bracket, point])
+    others = [a for a in replays.profile.arithmetics(kinds) if a is not EXACT]
     leaders = [a for a in replays.tally.leaders(group) if a in others]
     read = (_explaining(point, value, replays, view, arithmetic) for arithmetic in leaders)
     led = [reading for reading in read if reading is not None]

@@ -20,7 +20,7 @@ from pytest_aprt.compare import View, judge, measure
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS
-from pytest_aprt.strips import Strips, longest_whole
+from pytest_aprt.strips import Strips, longest_whole, rows
 
 if TYPE_CHECKING:
     from pytest_aprt.oracle import TransformersRunner
@@ -182,7 +182,7 @@ class Checks:
 
 def _told(tensor: Tensor) -> Tensor:
     """Return what tells a stage from another layer's: two are equal nowhere, or everywhere."""
-    return tensor.rows(tensor.ranges()[-1]) if isinstance(tensor, Strips) else tensor
+    return tensor if tensor.ndim < 2 else rows(tensor, range(tensor.shape[-2])[-1:])
 
 
 def failed(tests: Sequence[SelfTest], name: str, reason: str) -> list[SelfTest]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pytest_aprt import report, selftest
 from pytest_aprt.bridges import BridgedReplay
+from pytest_aprt.buffers import hold_on
 from pytest_aprt.capture import Engine, LayerStages
 from pytest_aprt.compare import Metrics, View, measure, non_finite
 from pytest_aprt.consensus import in_words
@@ -207,6 +208,7 @@ def measure_totals(
         keep: wraps the layers of the sides ``model`` and ``oracle`` on every prompt.
         engines: what both sides are replayed with, where the oracle is an engine.
     """
+    hold_on()
     result = Measurement()
     runs_oracle = isinstance(oracle, TransformersRunner)
     names = OF_TOTALS + (OF_LIVE_ORACLE if runs_oracle else OF_ENGINES if engines else ())
