@@ -49,6 +49,7 @@ class Pair:
     model_weights: ModelWeights
     oracle_weights: HfWeights
     graph: StageGraph
+    lent_tokenizer: Any = None  # what stands in for the oracle's tokenizer, if anything does
 
     @property
     def witnesses(self) -> frozenset[int | None]:
@@ -63,7 +64,7 @@ class Pair:
         Raises:
             SourceError: the oracle has none.
         """
-        return tokenizer_of(self.oracle.path)
+        return self.lent_tokenizer or tokenizer_of(self.oracle.path)
 
 
 def open_headers(weights: str, oracle: str) -> Headers:

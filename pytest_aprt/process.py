@@ -32,7 +32,7 @@ class Child:
     Args:
         name: what to call it in messages.
         module: it is run as ``python -m`` runs it, with this process's import path.
-        request: text for its standard input.
+        request: the first line of its standard input.
         env: what its environment has besides this process's.
     """
 
@@ -53,13 +53,22 @@ class Child:
             env={**os.environ, "PYTHONPATH": paths, **self._env},
         )
         assert self._process.stdin and self._process.stdout
-        self._out = cast(io.BufferedReader, self._process.stdout)
-        try:
-            self._process.stdin.write(self._request.encode() + b"\n")
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended already; whoever reads is told why
+        self._in, self._out = self._process.stdin, cast(io.BufferedReader, self._process.stdout)
+        with contextlib.suppress(EngineError):  # whoever reads is told why
+            self.send(self._request)
         return self
+
+    def send(self, line: str) -> None:
+        """Write a line to its standard input.
+
+        Raises:
+            EngineError: it ended before.
+        """
+        try:
+            self._in.write(line.encode() + b"\n")
+            self._in.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def line(self) -> bytes:
         """Return the next line that it writes.
@@ -96,6 +105,8 @@ class Child:
         """End the process, which has nothing to lose."""
         if self._process.poll() is None and kind is not None:
             self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._in.close()
         self._out.close()
         self._process.wait()
         self._errors.close()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
+from pytest_aprt.beside import Beside
 from pytest_aprt.capture import Engine
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
@@ -33,7 +34,6 @@ from pytest_aprt.rungs.config import fact_rows
 from pytest_aprt.rungs.decode import decode_rows
 from pytest_aprt.rungs.logits import logit_rows
 from pytest_aprt.rungs.path import path_rows
-from pytest_aprt.rungs.tokens import TokenRows, token_rows
 from pytest_aprt.selftest import failed
 from pytest_aprt.settings import Settings
 from pytest_aprt.stages import Point
@@ -55,7 +55,7 @@ def run(
     user_engine: Any | None,
     progress: Progress,
     keep: Keep = lambda side, prompt, layers: layers,
-    tokens: TokenRows = token_rows,
+    beside: Beside | None = None,
 ) -> report.Report:
     """Run model and oracle on the prompts and judge every point.
 
@@ -65,13 +65,16 @@ def run(
         user_engine: the engine of ``pytest_aprt_model`` or ``python:module:factory``, if any.
         progress: told after every layer.
         keep: wraps the layers of both sides (see ``measure_pair``).
-        tokens: returns the tokens rung.
+        beside: the process that the oracle's tokenizer is asked of, if there is one.
 
     Raises:
         AprtError: the input cannot be run.
     """
     told = facts_of_run(settings)
-    pair, prompts, chosen = set_up(headers, settings, user_engine)
+    beside = beside or Beside()
+    pair, prompts, chosen = set_up(headers, settings, user_engine, beside)
+    texts = [prompt.text for prompt in prompts if prompt.text]
+    beside.judge(texts)
     engine = chosen.engine
     profile = profile_of(settings.arithmetic, engine)
     if settings.dump is not None:
@@ -87,7 +90,7 @@ def run(
         measurement.self_tests = failed(measurement.self_tests, "capture", swapped)
     thresholds = thresholds_of(settings)
     finals = measurement.finals
-    rungs = {"tokens": tokens(pair, [prompt.text for prompt in prompts if prompt.text])}
+    rungs = {"tokens": beside.rows(pair, texts)}
     if measurement.stopped is not None:
         rungs |= rungs_not_run(measurement.stopped, settings)
     else:
@@ -142,7 +145,7 @@ def rungs_not_run(stopped: Point, settings: Settings) -> dict[str, list[Row]]:
 
 
 def set_up(
-    headers: Headers, settings: Settings, user_engine: Any | None
+    headers: Headers, settings: Settings, user_engine: Any | None, beside: Beside | None = None
 ) -> tuple[Pair, list[Prompt], Chosen]:
     """Make both sides, the prompts and the engine ready to run.
 
@@ -150,6 +153,8 @@ def set_up(
         AprtError: the input cannot be run.
     """
     pair = open_pair(headers)
+    if beside is not None:
+        pair = replace(pair, lent_tokenizer=beside.tokenizer(pair.oracle.path))
     prompts = prompts_of(settings, pair)
     chosen = engine_of(pair, settings.model_side, user_engine, prompts)
     if chosen.weights is not None:

@@ -30,10 +30,10 @@ from pytest_aprt.settings import Settings, read_settings
 from pytest_aprt.stages import Point
 
 if TYPE_CHECKING:
+    from pytest_aprt.beside import Beside
     from pytest_aprt.captures import Captures
     from pytest_aprt.pair import Headers
     from pytest_aprt.report import ContractJson, Report
-    from pytest_aprt.rungs.tokens import TokenRows
     from pytest_aprt.sides import Sides
 
 NAME = "aprt_workbench"
@@ -192,8 +192,8 @@ class Workbench:
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
         from pytest_aprt.beside import tokens_beside
 
-        with tokens_beside(headers, settings) as tokens:  # it begins before torch is imported
-            self.report = self._result(headers, settings, tokens)
+        with tokens_beside(headers, settings) as beside:  # it starts before torch is imported
+            self.report = self._result(headers, settings, beside)
         from pytest_aprt import report
         from pytest_aprt.render import files
 
@@ -202,7 +202,7 @@ class Workbench:
         if settings.report is not None:
             files.write(self.report, settings.report)
 
-    def _result(self, headers: Headers | Sides, settings: Settings, tokens: TokenRows) -> Report:
+    def _result(self, headers: Headers | Sides, settings: Settings, beside: Beside) -> Report:
         from pytest_aprt import report
         from pytest_aprt.baseline import compare
         from pytest_aprt.captures import CaptureWriter
@@ -223,7 +223,7 @@ class Workbench:
                 oracle = user_engine(self.config, settings.oracle_side)
                 found = run_totals(headers, settings, engine, progress, user_oracle=oracle, **keep)
             else:
-                found = run(headers, settings, engine, progress, tokens=tokens, **keep)
+                found = run(headers, settings, engine, progress, beside=beside, **keep)
             if earlier is not None and settings.baseline is not None:
                 found["baseline"] = compare(found, earlier, settings.baseline)
         return found

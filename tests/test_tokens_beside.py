@@ -1,17 +1,19 @@
-"""The tokens rung in a process of its own: the same rows, whatever becomes of the process."""
+"""The tokenizer in a process of its own: the same answers, whatever becomes of the process."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from harness import FIXTURES, fixture_pair
 
 from pytest_aprt import beside
-from pytest_aprt.errors import EngineError
+from pytest_aprt.errors import EngineError, SourceError
 from pytest_aprt.pair import open_headers
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.settings import read_settings
@@ -35,13 +37,33 @@ def pays(monkeypatch):
     monkeypatch.setattr(beside, "_pays", lambda headers, settings: True)
 
 
-def test_another_process_finds_the_same_rows(pair, pays, monkeypatch):
-    monkeypatch.setattr(
-        "pytest_aprt.rungs.tokens.token_rows", lambda *given: pytest.fail("was judged here")
-    )
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as tokens:
-        found = tokens(pair, [TEXT])
-    assert found == token_rows(pair, [TEXT])
+@pytest.fixture
+def not_here(monkeypatch):
+    for name in ("pytest_aprt.rungs.tokens.token_rows", "pytest_aprt.beside.tokenizer_of"):
+        monkeypatch.setattr(name, lambda *given: pytest.fail("was done here"))
+
+
+def test_another_process_finds_the_same_rows(pair, pays, request):
+    expected = token_rows(pair, [TEXT])
+    request.getfixturevalue("not_here")
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        process.judge([TEXT])
+        assert process.rows(pair, [TEXT]) == expected
+
+
+def test_another_process_stands_in_for_the_tokenizer(pair, pays, not_here):
+    own = pair.tokenizer
+    ids = list(own(TEXT)["input_ids"])
+    special = [int(own.eos_token_id), *ids]
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        lent = process.tokenizer(pair.oracle.path)
+        assert lent(TEXT)["input_ids"] == ids
+        assert lent.decode(special) == own.decode(special)
+        assert lent.decode(special, skip_special_tokens=True) == TEXT
+        assert [*map(lent.convert_ids_to_tokens, ids)] == own.convert_ids_to_tokens(ids)
+        process.judge([TEXT])
+        process.rows(pair, [TEXT])
+        assert lent(TEXT)["input_ids"] == ids  # and goes on after the rung
 
 
 def ended(child):
@@ -51,15 +73,47 @@ def ended(child):
 ANSWERS = {
     "ended": ended,
     "no JSON": lambda child: b"Traceback\n",
-    "other prompts": lambda child: json.dumps({"prompts": ["other"], "rows": []}).encode(),
+    "no answer": lambda child: b"1\n",
+    "empty": lambda child: b"\n",
 }
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_that_is_none_is_made_up_for(answer, pair, pays, monkeypatch):
     monkeypatch.setattr(beside.Child, "line", ANSWERS[answer])
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as tokens:
-        assert tokens(pair, [TEXT]) == token_rows(pair, [TEXT])
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        lent = replace(pair, lent_tokenizer=process.tokenizer(pair.oracle.path))
+        process.judge([TEXT])
+        assert process.rows(lent, [TEXT]) == token_rows(pair, [TEXT])
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        lent = process.tokenizer(pair.oracle.path)
+        assert lent(TEXT)["input_ids"] == list(pair.tokenizer(TEXT)["input_ids"])
+        assert lent.decode([5, 6]) == pair.tokenizer.decode([5, 6])
+        assert lent.convert_ids_to_tokens(5) == pair.tokenizer.convert_ids_to_tokens(5)
+
+
+def test_rows_of_other_prompts_are_not_taken(pair, pays):
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        process.judge(["other"])
+        assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
+
+
+def test_what_is_asked_during_the_rung_is_answered_here(pair, pays):
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        lent = process.tokenizer(pair.oracle.path)
+        process.judge([TEXT])
+        assert lent.decode([5, 6]) == pair.tokenizer.decode([5, 6])
+        assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
+
+
+def test_a_process_that_was_killed_is_made_up_for(pair, pays):
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        process._child._process.kill()
+        process._child._process.wait()
+        lent = process.tokenizer(pair.oracle.path)
+        assert lent(TEXT)["input_ids"] == list(pair.tokenizer(TEXT)["input_ids"])
+        process.judge([TEXT])
+        assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
 
 
 def test_a_process_that_cannot_be_started_is_made_up_for(pair, pays, monkeypatch):
@@ -67,8 +121,21 @@ def test_a_process_that_cannot_be_started_is_made_up_for(pair, pays, monkeypatch
         raise OSError("no more processes")
 
     monkeypatch.setattr(beside.Child, "__enter__", refused)
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as tokens:
-        assert tokens(pair, [TEXT]) == token_rows(pair, [TEXT])
+    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+        assert process.tokenizer(pair.oracle.path) is None
+        process.judge([TEXT])
+        assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
+
+
+def test_an_oracle_without_a_tokenizer_is_refused_as_without_a_process(pays, tmp_path):
+    bare = tmp_path / "hf"
+    shutil.copytree(ORACLE, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
+    with (
+        beside.tokens_beside(open_headers(MODEL, str(bare)),
+                             settings_of(aprt_oracle=str(bare))) as process,
+        pytest.raises(SourceError, match="no tokenizer that transformers can load"),
+    ):  # fmt: skip
+        process.tokenizer(bare)(TEXT)
 
 
 def test_the_process_ends_with_a_run_that_fails(pays):
@@ -120,6 +187,8 @@ def test_a_whole_run(tmp_path):
                f"--aprt-report={tmp_path}", "--aprt-decode-steps=0"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ANSWERED") == 1
+    assert done.stdout.count("ANSWERED") > 2  # the prompt, the rung, the highest tokens
     report = json.loads((tmp_path / "report.json").read_text())
     assert {row["status"] for row in report["ladder"]["tokens"]} == {"pass"}
+    assert all(top["token"] for row in report["ladder"]["logits"]
+               for side in row.get("top", {}).values() for top in side)  # fmt: skip

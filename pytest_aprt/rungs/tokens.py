@@ -58,9 +58,6 @@ PROMPTS = {
 """Built-in prompts. All are in Unicode's form NFC: whether a tokenizer composes text first, which
 the GGUF format cannot say, is shown by the user's own prompts only."""
 
-TokenRows = Callable[["Pair", Sequence[str]], list[Row]]
-"""Returns the tokens rung, as ``token_rows`` does."""
-
 _PADDING = re.compile(r"\[PAD\d+\]")  # older converters call these user-defined
 _SPECIAL_TOKENS = 4  # of the oracle's, put into the prompt of the test "special"
 
