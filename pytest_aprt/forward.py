@@ -65,7 +65,7 @@ class BuiltinRunner:
         x = embedding(self._weights, [*tokens, *forced], scale)
         inputs = x.split([count, *(1 for _ in forced)])  # (T, H), then (1, H) each
         angles, stretch = rope_angles(facts, len(x))
-        found: list[list[LayerStages]] = [[] for _ in inputs]
+        found: list[list[LayerStages]] = [[] for _ in forced]
 
         def run(index: int, cache: Cache, turn: int) -> dict[str, Tensor]:
             x, end = inputs[turn], count + turn
@@ -80,12 +80,14 @@ class BuiltinRunner:
             cache = Cache()
             outputs = together([partial(run, index, cache, turn) for turn in range(len(inputs))])
             inputs = tuple(stages["post_ffn_residual"] for stages in outputs)
-            for layers, stages in zip(found, outputs, strict=True):
-                layers.append(LayerStages(index, stages))
+            for layers, stages in zip(found, outputs[1:], strict=True):
+                # A product is a view of what was formed for all, which would stay with it.
+                own = {name: value.clone() for name, value in stages.items()}
+                layers.append(LayerStages(index, own))
         final = rms_norm(torch.cat(inputs[1:]), self._weights.tensor(FINAL_NORM), facts.eps,
                          self._architecture)  # fmt: skip
         head = logits(self._weights, final, facts.vocab)
-        for step, layers in enumerate(found[1:]):
+        for step, layers in enumerate(found):
             whole = {"final_norm": final[step : step + 1], "lm_head": head[step]}
             yield [*layers, LayerStages(None, whole)]
 

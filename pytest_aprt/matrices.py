@@ -174,7 +174,12 @@ class _Running:
         while self._waiting or self._idle or self._joining:
             if not self._woken():
                 self._serve()
-        return [self._returned[lane] for lane in lanes]
+        return self._ended(lanes)
+
+    def _ended(self, lanes: Sequence[_Lane]) -> list[Any]:
+        """Return what functions that have ended returned, and keep nothing of them."""
+        self._lanes = [lane for lane in self._lanes if lane not in lanes]
+        return [self._returned.pop(lane) for lane in lanes]
 
     def end(self) -> None:
         """Stop those that have not ended."""
@@ -197,7 +202,7 @@ class _Running:
         """Let those go on whose wait is over; with nothing else to do, all that wait in vain."""
         joined = [j for j, lanes in self._joining.items() if all(lane.dead for lane in lanes)]
         for lane in joined:
-            self._go_on(lane, [self._returned[each] for each in self._joining.pop(lane)])
+            self._go_on(lane, self._ended(self._joining.pop(lane)))
         ready = [lane for lane, wait in self._idle.items() if wait.condition()]
         in_vain = [] if joined or self._waiting else list(self._idle)
         for lane in ready or in_vain:

@@ -7,6 +7,7 @@ cache's state, and its logits with those of shadow and oracle, as the logits run
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def _greedy(
     """Return the oracle's tokens, given its logits after the prompt."""
     forced = [int(logits.argmax())]
     while len(forced) < steps:
-        *_, last = oracle.layers((*prompt, *forced))
+        (last,) = deque(oracle.layers((*prompt, *forced)), maxlen=1)  # the others need not stay
         forced.append(int(last.stages["lm_head"].argmax()))
     return tuple(forced)
 
