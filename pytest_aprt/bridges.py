@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, Arithmetic, Profile
-from pytest_aprt.compare import View, non_finite
+from pytest_aprt.compare import non_finite
 from pytest_aprt.consensus import Tally
 from pytest_aprt.matrices import until
 from pytest_aprt.positions import READS_ALL, STRAYS, first_of, last
@@ -27,6 +27,7 @@ from pytest_aprt.replay import (
     replayed_input,
 )
 from pytest_aprt.stages import STAGES, Point, Stage
+from pytest_aprt.views import View
 
 if TYPE_CHECKING:
     from pytest_aprt.architectures import Architecture

@@ -24,7 +24,6 @@ from pytest_aprt.compare import (
     TOP_DIFFS,
     Comparison,
     Metrics,
-    View,
     judge,
     judge_and_measure,
     measure,
@@ -43,6 +42,7 @@ from pytest_aprt.rungs.weights import TensorRow, Watched, layer_rows, model_rows
 from pytest_aprt.selftest import SelfTest
 from pytest_aprt.stages import STAGES, Point, Stage
 from pytest_aprt.stopping import Decider
+from pytest_aprt.views import View
 from pytest_aprt.weights import FEW, streams
 
 Progress = Callable[[str, int, int], None]

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pytest_aprt.arithmetic import STORAGE
 from pytest_aprt.capture import LayerStages
-from pytest_aprt.compare import View, judge, measure
+from pytest_aprt.compare import judge, measure
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS
 from pytest_aprt.strips import Strips, longest_whole, rows
+from pytest_aprt.views import View
 
 if TYPE_CHECKING:
     from pytest_aprt.oracle import TransformersRunner

@@ -20,7 +20,7 @@ from pytest_aprt import report, selftest
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.buffers import hold_on
 from pytest_aprt.capture import Engine, LayerStages
-from pytest_aprt.compare import Metrics, View, measure, non_finite
+from pytest_aprt.compare import Metrics, measure, non_finite
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.engines.choose import Chosen, engine_of
@@ -47,6 +47,7 @@ from pytest_aprt.stages import STAGES, Point, Stage
 from pytest_aprt.statuses import OF_ENGINES, OF_LIVE_ORACLE, OF_TOTALS
 from pytest_aprt.two_engines import Engines, engines_of, note_on_engines
 from pytest_aprt.verdict import conclude
+from pytest_aprt.views import View
 
 
 def run_totals(

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pytest_aprt.arithmetic import EXACT, PROFILES
 from pytest_aprt.bridges import BridgedReplay
 from pytest_aprt.capture import LayerStages
-from pytest_aprt.compare import View
 from pytest_aprt.consensus import Tally
 from pytest_aprt.oracle import TransformersRunner
 from pytest_aprt.stages import Point
+from pytest_aprt.views import View
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_aprt.arithmetic import FLOAT32_ULP, Tolerance
-from pytest_aprt.compare import TOP_DIFFS, View, judge, measure, non_finite
+from pytest_aprt.compare import TOP_DIFFS, judge, measure, non_finite
 from pytest_aprt.facts import Facts, RopeScaling
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import STAGES
+from pytest_aprt.views import View
 
 FACTS = Facts(
     layers=1, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=5, context=64,
@@ -126,6 +127,22 @@ def test_top_diffs_are_ordered_and_few():
     assert len(sizes) == TOP_DIFFS
     few = measure(torch.ones(1, 2), torch.ones(1, 2), view("attn_norm"), TOP_DIFFS)
     assert len(few.top_diffs) == 2
+
+
+# in the same run of a few hundred, at both ends, and behind the last whole run
+FAR = ((0, 0), (1, 77), (1, 78), (1, 79), (2, 39_999))
+
+
+@pytest.mark.parametrize("top", [1, TOP_DIFFS])
+def test_the_largest_differences_of_a_large_tensor(top):
+    a, b = 1e-3 * random(3, 40_001), torch.zeros(3, 40_001)
+    for size, place in enumerate(FAR, 1):
+        a[place] = size
+    found = measure(a, b, view("attn_norm"), top)
+    expected = [{"token": t, "channel": c} for t, c in reversed(FAR)][:top]
+    assert [d.at for d in found.top_diffs] == expected
+    assert found.max_abs == 5.0
+    assert found.max_abs_at == expected[0]
 
 
 def test_the_worst_token_is_the_one_off_most_by_its_own_norm():

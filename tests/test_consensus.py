@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from pytest_aprt.arithmetic import EXACT, FLOAT32_ULP, Arithmetic
-from pytest_aprt.compare import Slice, View, measure
+from pytest_aprt.compare import Slice, measure
 from pytest_aprt.consensus import Tally, group_of, in_words, settled
 from pytest_aprt.readings import PointErrors, Reading, explains
 from pytest_aprt.stages import STAGES, Point
+from pytest_aprt.views import View
 
 Q8 = Arithmetic(name="q8_k", inputs="q8_k")
 HALF = Arithmetic(name="float16 operands", inputs="float16", weights="float16")

@@ -34,14 +34,15 @@ def test_the_scale_is_that_of_the_largest():
     assert small.levels[1] == round(254 * (1 - 1 / DECADES))
 
 
-def test_one_bright_element_survives_pooling():
-    difference = torch.zeros(3, 5000)
+@pytest.mark.parametrize("columns", [5000, 70 * LARGEST])
+def test_one_bright_element_survives_pooling(columns):
+    difference = torch.zeros(3, columns)
     difference[1, 4321] = 2.0
     found = image(difference)
     assert found.pixels == (3, LARGEST)
     assert len(found.levels) == 3 * LARGEST
     assert found.levels.count(254) == 1
-    assert found.levels[LARGEST + 4321 * LARGEST // 5000] == 254
+    assert found.levels[LARGEST + 4321 * LARGEST // columns] == 254
 
 
 def test_heads_lie_beside_each_other_and_scores_over_each_other():

@@ -154,6 +154,18 @@ def test_waiting_within_for_what_never_comes():
         together([lambda: together([lambda: until(lambda: False)])])
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "step"),
+    [(1000, 3584, 176), (100, 18_944, 32), (40, 100_000, 6), (3, 1 << 20, 1), (7, 64, 7)],
+)
+def test_pieces_are_whole_tiles_that_hold_every_row_once(rows, columns, step, monkeypatch):
+    monkeypatch.undo()  # small_pieces
+    matrix = Matrix("w", "model", (0, 0), rows, columns, lambda some, out: None)
+    pieces = list(matrix.pieces())
+    assert [row for piece in pieces for row in piece] == list(range(rows))
+    assert len(pieces[0]) == step
+
+
 def test_a_part_is_some_of_the_rows():
     w = Counted()
     x = torch.randn(2, 64)

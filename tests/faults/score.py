@@ -56,12 +56,13 @@ from faults.shapes import Files, written_shapes  # noqa: E402
 from faults.variants import ENGINES, SHAPED_FAULTS, fits  # noqa: E402
 from pytest_aprt import weights  # noqa: E402
 from pytest_aprt.arithmetic import STORAGE  # noqa: E402
-from pytest_aprt.compare import View, judge  # noqa: E402
+from pytest_aprt.compare import judge  # noqa: E402
 from pytest_aprt.pair import Pair, open_headers, open_pair  # noqa: E402
 from pytest_aprt.replay import Reference  # noqa: E402
 from pytest_aprt.stages import STAGES, Point  # noqa: E402
 from pytest_aprt.testing import NumpyEngine, write_random_pair  # noqa: E402
 from pytest_aprt.verdict import Verdict  # noqa: E402
+from pytest_aprt.views import View  # noqa: E402
 
 FAMILIES = ("qwen2", "llama", "qwen3")
 FAULTY_IN = ("float32", "bfloat16", "q8_k")
