@@ -17,7 +17,7 @@ PLACES = (
     # the innermost frame that lies in one of these says what is being done
     ("reading, dequantising, matmul", ("/matrices.py", "/sources/", "/pytest_aprt/weights.py")),
     ("weights rung", ("/rungs/weights.py", "/rungs/distances.py", "/quants.py")),
-    ("comparing", ("/compare.py", "/images.py", "/strips.py")),
+    ("comparing", ("/compare.py", "/views.py", "/images.py", "/strips.py")),
     ("replay", ("/replay.py", "/bridges.py", "/rounding.py")),
     ("other rungs", ("/pytest_aprt/rungs/",)),
     ("report", ("/render/", "/report.py", "/files.py")),
