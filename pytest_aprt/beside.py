@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_aprt.sides import Sides
 
 LARGE = 50_000
-"""Tokens of a vocabulary from which a process is started. With 152,000 it spares 1 s of a run; all
+"""Tokens of a vocabulary from which a process is started. With 152,000 it spares 0.7 to 1 s; all
 of it takes time in proportion, so that with a third little is left to spare."""
 
 
