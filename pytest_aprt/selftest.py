@@ -20,7 +20,7 @@ from pytest_aprt.compare import judge, measure
 from pytest_aprt.replay import Reference
 from pytest_aprt.stages import Point
 from pytest_aprt.statuses import SELF_TESTS
-from pytest_aprt.strips import Strips, longest_whole, rows
+from pytest_aprt.strips import Strips, longest_whole
 from pytest_aprt.views import View
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Checks:
 
 def _told(tensor: Tensor) -> Tensor:
     """Return what tells a stage from another layer's: two are equal nowhere, or everywhere."""
-    return tensor if tensor.ndim < 2 else rows(tensor, range(tensor.shape[-2])[-1:])
+    return tensor.rows(tensor.ranges()[-1]) if isinstance(tensor, Strips) else tensor
 
 
 def failed(tests: Sequence[SelfTest], name: str, reason: str) -> list[SelfTest]:
