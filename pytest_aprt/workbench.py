@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class Workbench:
         self._settings: Settings | None = None
         self._headers: Headers | Sides | None = None
         self._scratch = Scratch()
+        self._to_end = ExitStack()  # with the tests
         self._folder: Path | None = None  # of a worker: where the controller's files lie
         self._kept = NEEDS[0]
         self.names = self._asked(names)
@@ -159,10 +161,11 @@ class Workbench:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Run the models before the tests, if one of them asks."""
-        if self._folder is None:
-            self._run_once(self._need(session))  # the controller of workers holds no items
-        return (yield)
+        """Run the models before the tests, if one of them asks, and draw the report meanwhile."""
+        with self._to_end:
+            if self._folder is None:
+                self._run_once(self._need(session))  # the controller of workers holds no items
+            return (yield)
 
     def _need(self, session: pytest.Session) -> str:
         option = session.config.option
@@ -190,17 +193,17 @@ class Workbench:
 
     @seldom_collected()
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
-        from pytest_aprt.beside import tokens_beside
+        from pytest_aprt.beside import started
 
-        with tokens_beside(headers, settings) as beside:  # it starts before torch is imported
-            self.report = self._result(headers, settings, beside)
+        beside = self._to_end.enter_context(started(headers, settings))  # before torch is imported
+        self.report = self._result(headers, settings, beside)
         from pytest_aprt import report
-        from pytest_aprt.render import files
 
         if self.config.pluginmanager.hasplugin("dsession"):
             report.write(self.report, self._scratch.path / "report.json")
         if settings.report is not None:
-            files.write(self.report, settings.report)
+            report.write(self.report, settings.report / "report.json")
+            self._to_end.enter_context(_drawn(beside, self.report, settings.report))
 
     def _result(self, headers: Headers | Sides, settings: Settings, beside: Beside) -> Report:
         from pytest_aprt import report
@@ -324,6 +327,19 @@ class Workbench:
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind."""
         self._scratch.close()
+
+
+@contextmanager
+def _drawn(beside: Beside, report: Report, folder: Path) -> Iterator[None]:
+    """Draw the report that was written to a folder, while something else goes on."""
+    beside.draw(folder)
+    try:
+        yield
+    finally:
+        try:
+            beside.drawn(report, folder)
+        except AprtError as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def _step_summary() -> Path | None:

@@ -15,9 +15,18 @@ def write(report: Report, folder: Path) -> None:
     Raises:
         SettingsError: the folder cannot be made or written.
     """
+    reports.write(report, folder / "report.json")
+    draw(report, folder)
+
+
+def draw(report: Report, folder: Path) -> None:
+    """Write report.md and report.html into a folder.
+
+    Raises:
+        SettingsError: they cannot be written.
+    """
     from pytest_aprt.render import html, markdown  # html loads matplotlib
 
-    reports.write(report, folder / "report.json")
     reports.write_text(folder / "report.md", markdown.render(report))
     reports.write_text(folder / "report.html", html.render(report))
 

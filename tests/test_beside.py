@@ -46,7 +46,7 @@ def not_here(monkeypatch):
 def test_another_process_finds_the_same_rows(pair, pays, request):
     expected = token_rows(pair, [TEXT])
     request.getfixturevalue("not_here")
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         process.judge([TEXT])
         assert process.rows(pair, [TEXT]) == expected
 
@@ -55,7 +55,7 @@ def test_another_process_stands_in_for_the_tokenizer(pair, pays, not_here):
     own = pair.tokenizer
     ids = list(own(TEXT)["input_ids"])
     special = [int(own.eos_token_id), *ids]
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         lent = process.tokenizer(pair.oracle.path)
         assert lent(TEXT)["input_ids"] == ids
         assert lent.decode(special) == own.decode(special)
@@ -81,11 +81,11 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_that_is_none_is_made_up_for(answer, pair, pays, monkeypatch):
     monkeypatch.setattr(beside.Child, "line", ANSWERS[answer])
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         lent = replace(pair, lent_tokenizer=process.tokenizer(pair.oracle.path))
         process.judge([TEXT])
         assert process.rows(lent, [TEXT]) == token_rows(pair, [TEXT])
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         lent = process.tokenizer(pair.oracle.path)
         assert lent(TEXT)["input_ids"] == list(pair.tokenizer(TEXT)["input_ids"])
         assert lent.decode([5, 6]) == pair.tokenizer.decode([5, 6])
@@ -93,13 +93,13 @@ def test_an_answer_that_is_none_is_made_up_for(answer, pair, pays, monkeypatch):
 
 
 def test_rows_of_other_prompts_are_not_taken(pair, pays):
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         process.judge(["other"])
         assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
 
 
 def test_what_is_asked_during_the_rung_is_answered_here(pair, pays):
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         lent = process.tokenizer(pair.oracle.path)
         process.judge([TEXT])
         assert lent.decode([5, 6]) == pair.tokenizer.decode([5, 6])
@@ -107,7 +107,7 @@ def test_what_is_asked_during_the_rung_is_answered_here(pair, pays):
 
 
 def test_a_process_that_was_killed_is_made_up_for(pair, pays):
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         process._child._process.kill()
         process._child._process.wait()
         lent = process.tokenizer(pair.oracle.path)
@@ -121,7 +121,7 @@ def test_a_process_that_cannot_be_started_is_made_up_for(pair, pays, monkeypatch
         raise OSError("no more processes")
 
     monkeypatch.setattr(beside.Child, "__enter__", refused)
-    with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()) as process:
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
         assert process.tokenizer(pair.oracle.path) is None
         process.judge([TEXT])
         assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
@@ -131,7 +131,7 @@ def test_an_oracle_without_a_tokenizer_is_refused_as_without_a_process(pays, tmp
     bare = tmp_path / "hf"
     shutil.copytree(ORACLE, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
     with (
-        beside.tokens_beside(open_headers(MODEL, str(bare)),
+        beside.started(open_headers(MODEL, str(bare)),
                              settings_of(aprt_oracle=str(bare))) as process,
         pytest.raises(SourceError, match="no tokenizer that transformers can load"),
     ):  # fmt: skip
@@ -146,7 +146,7 @@ def test_the_process_ends_with_a_run_that_fails(pays):
         pytest.raises(ValueError, match="broken"),
     ):
         patch.setattr(beside.Child, "__enter__", lambda c: started.append(c) or enter(c))
-        with beside.tokens_beside(open_headers(MODEL, ORACLE), settings_of()):
+        with beside.started(open_headers(MODEL, ORACLE), settings_of()):
             raise ValueError("broken")
     assert started[0]._process.poll() is not None
 
