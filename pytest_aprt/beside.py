@@ -43,7 +43,7 @@ class Beside:
 
     def __init__(self, child: Child | None = None) -> None:
         self._child = child
-        self._begun: list[Any] | None = None  # the method whose answer is awaited, with its argument
+        self._begun: list[Any] | None = None  # what is awaited: a method, and its argument
 
     def tokenizer(self, folder: Path) -> Any:
         """Return what stands in for a folder's tokenizer; None without a process."""
@@ -172,7 +172,7 @@ def draw(folder: str) -> None:
 
 
 def main() -> None:
-    """Open a pair, and answer what is asked of its tokenizer or report, line by line, to the end."""
+    """Open a pair, and answer what is asked of tokenizer and report, line by line, to the end."""
     gc.disable()  # what is made here stays until then, and is made in two thirds of the time
     weights, oracle, draws = json.loads(sys.stdin.readline())
     out = sys.stdout

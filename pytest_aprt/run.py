@@ -17,6 +17,7 @@ from pytest_aprt import report
 from pytest_aprt.arithmetic import Profile, profile_named
 from pytest_aprt.beside import Beside
 from pytest_aprt.capture import Engine
+from pytest_aprt.compiled import PROCESSOR
 from pytest_aprt.consensus import in_words
 from pytest_aprt.dump import DumpRunner, Fields, kept_in
 from pytest_aprt.dump_checks import swapped_sides
@@ -293,6 +294,7 @@ def _host() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
+        "kernels": PROCESSOR or "torch",
     }
 
 

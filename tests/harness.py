@@ -9,6 +9,7 @@ import numpy as np
 
 from pytest_aprt.arithmetic import profile_named
 from pytest_aprt.capture import CheckedEngine
+from pytest_aprt.compiled import PROCESSOR
 from pytest_aprt.forward import BuiltinRunner
 from pytest_aprt.measure import Stop, measure_pair
 from pytest_aprt.pair import Pair, open_headers, open_pair
@@ -22,6 +23,9 @@ from pytest_aprt.verdict import Threshold, Verdict, conclude
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 TOKENS = (3, 77, 500, 12, 12, 640, 9)
+PROCESSORS = {"avx512": ("avx2", "avx512"), "avx2": ("avx2",), "": ()}[PROCESSOR]
+"""Whose versions of the compiled functions this machine can run."""
+
 THRESHOLDS = dict.fromkeys(STAGES, Threshold(cosine=0.999, source="default"))
 
 

@@ -19,8 +19,8 @@ from pytest_aprt.sources.dequant import KERNELS
 
 HOT = {
     **KERNELS,
-    "multiply": inspect.unwrap(matrices._multiply),
-    "sieved": inspect.unwrap(distances._sieved),
+    "multiply": inspect.unwrap(matrices._multiply_by_torch),
+    "sieved": inspect.unwrap(distances._sieve_by_torch),
 }
 
 
@@ -71,7 +71,7 @@ def test_the_sieve_is_the_same_either_way():
     generator = torch.Generator().manual_seed(0)
     model, oracle = (torch.randn(20, 512, generator=generator) for _ in range(2))
     found = [f(model, oracle, 256, torch.empty(20, 512))
-             for f in (distances._sieved, HOT["sieved"])]  # fmt: skip
+             for f in (distances._sieve_by_torch, HOT["sieved"])]  # fmt: skip
     assert found[0] == found[1]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_aprt.buffers import buffer
+from pytest_aprt.compiled import sieve_of
 from pytest_aprt.matrices import PIECE
 from pytest_aprt.scripted import scripted
 
@@ -64,7 +65,7 @@ def piece_distance(
         return Distance(error, float(b.square().sum()), (0.0, 0, 0))
     difference = model if overwrite else buffer("difference", oracle.shape)
     run = next(size for size in _RUNS if oracle.shape[1] % size == 0)
-    error, norm, farthest = _sieved(model, oracle, run, difference)
+    error, norm, farthest = _sieve(model, oracle, run, difference, beyond)
     worst = (0.0, 0, 0)
     if not farthest <= beyond:  # nor where a row is nothing on both sides
         sizes = _relative(_block_sums(difference, "errors"), _block_norms(oracle))
@@ -76,15 +77,32 @@ def piece_distance(
     return Distance(error, norm, worst)
 
 
+_sieve_compiled = sieve_of()
+
+
+def _sieve(
+    model: Tensor, oracle: Tensor, run: int, difference: Tensor, beyond: float
+) -> tuple[float, float, float]:
+    """Return squared error, squared norm, and how far any block may lie.
+
+    Where that is beyond, ``difference`` is filled. A block is no farther than the run of blocks
+    around it, and its norm is taken as its row's mean or larger: a sieve that lets no farther one
+    pass.
+    """
+    found = _sieve_compiled(model, oracle, run)
+    if found is None:
+        return _sieve_by_torch(model, oracle, run, difference)
+    error, norm, farthest = found
+    farthest = math.sqrt(farthest * (oracle.shape[1] // BLOCK))
+    if not farthest <= beyond:
+        torch.sub(model, oracle, out=difference)
+    return error, norm, farthest
+
+
 @scripted
-def _sieved(
+def _sieve_by_torch(
     model: Tensor, oracle: Tensor, run: int, difference: Tensor, block: int = BLOCK
 ) -> tuple[float, float, float]:
-    """Fill ``difference``; return squared error, squared norm, and how far any block may lie.
-
-    A block is no farther than the run of blocks around it, and its norm is taken as its row's mean
-    or larger: a sieve that lets no farther one pass.
-    """
     rows, columns = oracle.shape
     torch.sub(model, oracle, out=difference)
     errors = torch.linalg.vector_norm(difference.view(rows, -1, run), dim=[2])

@@ -1,5 +1,8 @@
 """Dequantisation of the common tensor types, bit-identical to gguf-py's and several times as fast.
 
+Where the package was built with a C compiler, ``compiled/kernels.h`` does it; here is what torch
+does elsewhere.
+
 Quanta are taken apart as bytes, or eight at once as a 64-bit integer, then widened and scaled where
 they are to lie. A product of scale and quantum has at most 24 significant bits, so it is exact
 however it is formed (tests/test_dequant.py compares the bits; tests/benchmarks/dequant.py prints
@@ -15,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pytest_aprt import compiled
 from pytest_aprt.buffers import buffer
 from pytest_aprt.scripted import scripted
 
@@ -168,10 +172,13 @@ def _plain(dtype: torch.dtype) -> Unpack:
     return unpack
 
 
-UNPACK: dict[str, Unpack] = {
-    **{name: unpacked_by(scripted(kernel)) for name, kernel in KERNELS.items()},
-    "F16": _plain(torch.float16),
-    "BF16": _plain(torch.bfloat16),
-    "F32": _plain(torch.float32),
-}
-"""By the name of the tensor type; all other types are gguf-py's."""
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def unpack_of(kind: str) -> Unpack | None:
+    """Return what decodes a tensor type, by its name; None for those that are gguf-py's."""
+    if kind in _PLAIN:
+        return _plain(_PLAIN[kind])
+    if kind not in KERNELS:
+        return None
+    return compiled.unpack_of(kind) or unpacked_by(scripted(KERNELS[kind]))

@@ -273,9 +273,9 @@ def _decoder(kind: str) -> Callable[[NDArray[np.uint8], NDArray[np.float32]], No
     values, size = GGML_QUANT_SIZES[type_]
     import torch
 
-    from pytest_aprt.sources.dequant import UNPACK
+    from pytest_aprt.sources.dequant import unpack_of
 
-    if unpack := UNPACK.get(kind):
+    if unpack := unpack_of(kind):
 
         def decode(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
             packed = torch.from_numpy(blocks).view(-1, size)

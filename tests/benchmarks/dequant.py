@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from tabulate import tabulate
 
-from pytest_aprt.sources.dequant import UNPACK
+from pytest_aprt.sources.dequant import unpack_of
 
 WEIGHTS = 1 << 24
 PIECES = (1 << 18, 1 << 20, 1 << 22)
@@ -54,18 +54,18 @@ def main() -> None:
     rows = []
     for kind in HALVES:
         values, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-        blocks = blocks_of(kind)
+        blocks, unpack = blocks_of(kind), unpack_of(kind)
         raw, step = torch.from_numpy(blocks), (1 << 20) // values
 
         def theirs(blocks=blocks, kind=kind, step=step) -> None:
             for start in range(0, len(blocks), step):
                 dequantize(blocks[start : start + step], GGMLQuantizationType[kind])
 
-        def ours(part: torch.Tensor, piece: int, kind=kind, values=values) -> None:
+        def ours(part: torch.Tensor, piece: int, unpack=unpack, values=values) -> None:
             out = torch.empty(piece // values, values)
             for start in range(0, len(part), len(out)):
                 found = part[start : start + len(out)]
-                UNPACK[kind](found, out[: len(found)])
+                unpack(found, out[: len(found)])
 
         row = [kind, rate(theirs)]
         halves = raw.split(-(-len(raw) // 2))

@@ -5,9 +5,10 @@
 The pair is random (``synthetic.py``, extra ``llamacpp``) and made in DIR where it is not there yet:
 1.4 GB for 0.5b, 11 GB for 7b-half, 20 GB for 7b. Every row of the table is a process of its own,
 warm, one after the other (Linux): the whole pytest command with its report, without other plugins,
-without steps to decode (the median of three) and with; transformers on both sides with a hook on
-every module, which neither decodes nor compares (extra ``test``); and what the machine can do at
-best. Where the time goes is the mean of three further runs.
+without steps to decode (the median of three), the same without what is compiled (the median of
+three, in turn with those), and with steps; transformers on both sides with a hook on every module,
+which neither decodes nor compares (extra ``test``); and what the machine can do at best. Where the
+time goes is the mean of three further runs.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ import torch
 from synthetic import SHAPES, make
 from tabulate import tabulate
 
+from pytest_aprt.compiled import PROCESSOR
+
 DISK_GB = {"tiny": 0.1, "0.5b": 1.5, "mid": 1.5, "7b-half": 11, "7b": 20}
 TOKENS = (3838, 374, 220, 17, 10, 17, 30)  # "What is 2+2?" as Qwen2.5 splits it
 FLOAT32_FITS = ("tiny", "0.5b", "mid")
 NO_STEPS = "--aprt-decode-steps=0"
+NOT_COMPILED = {"APRT_KERNELS": "torch"}
 RUNS = 3  # of the main job: one alone may be a tenth slower than the next
 SPARE_GB = 1.5  # memory left to the machine: a process that takes more is ended
 
@@ -196,9 +200,13 @@ def shares(at: Path, report: Path, limit_s: float) -> dict[str, float]:
     return {what: share / RUNS for what, share in total.most_common()}
 
 
-def table(ours: Ran, decoding: Ran, theirs: dict[str, Ran]) -> str:
+def median(runs: list[Ran]) -> Ran:
+    return sorted(runs, key=lambda run: run.wall_s)[len(runs) // 2]
+
+
+def table(ours: Ran, others: dict[str, Ran], theirs: dict[str, Ran]) -> str:
     rows = []
-    named = {"pytest, --aprt-decode-steps=0": ours, "pytest, 3 steps decoded": decoding, **theirs}
+    named = {"pytest, --aprt-decode-steps=0": ours, **others, **theirs}
     if theirs:
         named["transformers, both"] = Ran(
             sum(r.wall_s for r in theirs.values()),
@@ -236,8 +244,12 @@ def main() -> int:
         machine = limits(at)  # which reads the files: from here on all is warm
         ran(main_job(at, report, NO_STEPS), asked.limit)  # which compiles modules
         decoding = ran(main_job(at, report), asked.limit)
-        runs = [ran(main_job(at, report, NO_STEPS), asked.limit) for _ in range(RUNS)]
-        ours = sorted(runs, key=lambda run: run.wall_s)[RUNS // 2]
+        runs, plain = [], []
+        for _ in range(RUNS):
+            runs.append(ran(main_job(at, report, NO_STEPS), asked.limit))
+            plain.append(ran(main_job(at, report, NO_STEPS), asked.limit, NOT_COMPILED))
+        ours = median(runs)
+        others = {"  nothing compiled": median(plain), "pytest, 3 steps decoded": decoding}
         verdict = json.loads((report / "report.json").read_text())["verdict"]["status"]
         dtype = "float32" if asked.shape in FLOAT32_FITS else "bfloat16"
         theirs = {}
@@ -248,10 +260,11 @@ def main() -> int:
             }
         where = shares(at, report, asked.limit)
     packages = ("pytest-aprt", "torch", "transformers", "gguf", "numpy")
-    print(f"\n{asked.shape}, {len(TOKENS)} tokens, verdict {verdict}; "
+    print(f"\n{asked.shape}, {len(TOKENS)} tokens, verdict {verdict}, "
+          f"compiled for {PROCESSOR or 'nothing'}; "
           f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           + ", ".join(f"{p} {version(p)}" for p in packages) + "\n")  # fmt: skip
-    print(table(ours, decoding, theirs), "\n")
+    print(table(ours, others, theirs), "\n")
     print(tabulate(machine, ["the machine's limits", ""], "github"), "\n")
     rows = [[what, f"{share:.1%}"] for what, share in where.items()]
     print(tabulate(rows, ["the main job's time", "share"], "github", disable_numparse=True))
