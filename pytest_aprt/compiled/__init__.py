@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 TOKENS = 35
-"""Tokens up to which ``product`` takes less time than oneDNN: half of it at 7, two thirds at 14, 95 %
-at 35 (tests/benchmarks/compiled.py)."""
+"""Tokens up to which ``product`` takes less time than oneDNN: half of it at 7, two thirds at 14, a
+twentieth less at 35 (tests/benchmarks/compiled.py)."""
 
 _FUNCTIONS = {
     # arguments, as kernels.h has them
