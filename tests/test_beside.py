@@ -1,4 +1,4 @@
-"""The tokenizer in a process of its own: the same answers, whatever becomes of the process."""
+"""What a process of its own does: the same answers and drawings, whatever becomes of it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 from harness import FIXTURES, fixture_pair
+from report_cases import report_of
 
 from pytest_aprt import beside
 from pytest_aprt.errors import EngineError, SourceError
 from pytest_aprt.pair import open_headers
+from pytest_aprt.render import files
+from pytest_aprt.report import write
 from pytest_aprt.rungs.tokens import token_rows
 from pytest_aprt.settings import read_settings
 
@@ -127,6 +130,57 @@ def test_a_process_that_cannot_be_started_is_made_up_for(pair, pays, monkeypatch
         assert process.rows(pair, [TEXT]) == token_rows(pair, [TEXT])
 
 
+@pytest.fixture(scope="module")
+def report():
+    return report_of("fault")
+
+
+@pytest.fixture
+def kept(report, tmp_path):
+    """Where a report lies that is to be drawn."""
+    write(report, tmp_path / "report.json")
+    return tmp_path
+
+
+def drawings(folder):
+    return [(folder / name).read_bytes() for name in ("report.md", "report.html")]
+
+
+def test_another_process_draws_the_same(report, kept, pays, monkeypatch, tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    files.draw(report, here)
+    monkeypatch.setattr(files, "draw", lambda *given: pytest.fail("was drawn here"))
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
+        process.draw(kept)
+        process.drawn(report, kept)
+    assert drawings(kept) == drawings(here)
+
+
+def killed(process):
+    process._child._process.kill()
+    process._child._process.wait()
+
+
+def with_a_broken_report(process):
+    process._send("draw", "/nowhere")
+
+
+@pytest.mark.parametrize("before", [killed, with_a_broken_report])
+def test_a_drawing_that_fails_is_made_up_for(before, report, kept, pays):
+    with beside.started(open_headers(MODEL, ORACLE), settings_of()) as process:
+        before(process)
+        process.draw(kept)
+        process.drawn(report, kept)
+    assert all(drawings(kept))
+
+
+def test_without_a_process_it_is_drawn_here(report, kept):
+    process = beside.Beside()
+    process.draw(kept)
+    process.drawn(report, kept)
+    assert all(drawings(kept))
+
+
 def test_an_oracle_without_a_tokenizer_is_refused_as_without_a_process(pays, tmp_path):
     bare = tmp_path / "hf"
     shutil.copytree(ORACLE, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
@@ -181,14 +235,37 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def test_a_whole_run(tmp_path):
+def run(tmp_path, *more):
     command = [sys.executable, "-c", RUN, "-q", "-s", "-p", "no:cacheprovider", "-c", "/dev/null",
                f"--rootdir={tmp_path}", f"--aprt-model={MODEL}", f"--aprt-oracle={ORACLE}",
-               f"--aprt-report={tmp_path}", "--aprt-decode-steps=0"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+               f"--aprt-report={tmp_path}", "--aprt-decode-steps=0", *more]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_a_whole_run(tmp_path):
+    done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ANSWERED") > 2  # the prompt, the rung, the highest tokens
+    assert done.stdout.count("ANSWERED") > 3  # prompt, rung, the highest tokens, drawings
+    assert done.stdout.rindex("ANSWERED") > done.stdout.index("....")  # drawn while tests ran
+    assert all(drawings(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert {row["status"] for row in report["ladder"]["tokens"]} == {"pass"}
     assert all(top["token"] for row in report["ladder"]["logits"]
                for side in row.get("top", {}).values() for top in side)  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [["-x"], ["--maxfail=1"]])
+def test_a_run_that_ends_early_is_drawn(ends, tmp_path):
+    done = run(tmp_path, "--aprt-strict", "--aprt-min-cosine=1", *ends)
+    assert done.returncode == 1 and "stopping after 1 failures" in done.stdout
+    assert all(drawings(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["report.md", "report.html"])
+def test_a_page_that_cannot_be_written_is_one_line(place, tmp_path):
+    (tmp_path / place / "full").mkdir(parents=True)
+    done = run(tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    said = done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ERROR"))
+    assert place in line and "Traceback" not in said and "INTERNALERROR" not in said
