@@ -193,6 +193,8 @@ def main() -> None:
         for line in sys.stdin:
             method, given, named = json.loads(line)
             print(json.dumps([methods[method](*given, **named)]), file=out, flush=True)
+            if method == "draw":  # nothing is asked after it, and the tests may take long
+                break
             give_back()  # 60 MB of the rung's
             if draws and method == "rows":  # the models run now, and the report is still to come
                 from pytest_aprt.render import html  # noqa: F401

@@ -195,15 +195,18 @@ class Workbench:
     def _run(self, headers: Headers | Sides, settings: Settings) -> None:
         from pytest_aprt.beside import started
 
-        beside = self._to_end.enter_context(started(headers, settings))  # before torch is imported
-        self.report = self._result(headers, settings, beside)
-        from pytest_aprt import report
+        with ExitStack() as stack:
+            beside = stack.enter_context(started(headers, settings))  # before torch is imported
+            self.report = self._result(headers, settings, beside)
+            from pytest_aprt import report
 
-        if self.config.pluginmanager.hasplugin("dsession"):
-            report.write(self.report, self._scratch.path / "report.json")
-        if settings.report is not None:
-            report.write(self.report, settings.report / "report.json")
-            self._to_end.enter_context(_drawn(beside, self.report, settings.report))
+            if self.config.pluginmanager.hasplugin("dsession"):
+                report.write(self.report, self._scratch.path / "report.json")
+            if settings.report is not None:
+                folder = settings.report.absolute()  # a test may change the current one
+                report.write(self.report, folder / "report.json")
+                stack.enter_context(_drawn(beside, self.report, folder))
+                self._to_end.enter_context(stack.pop_all())
 
     def _result(self, headers: Headers | Sides, settings: Settings, beside: Beside) -> Report:
         from pytest_aprt import report

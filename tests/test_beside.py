@@ -228,15 +228,17 @@ def test_a_process_is_started_where_it_pays(case, monkeypatch):
 RUN = """
 import sys, pytest
 from pytest_aprt import beside
-beside.LARGE, beside.available_cores = 0, lambda: 2
+beside.LARGE = 0
+beside.available_cores = lambda: 2
 line = beside.Child.line
 beside.Child.line = lambda child: print("ANSWERED") or line(child)
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def run(tmp_path, *more):
-    command = [sys.executable, "-c", RUN, "-q", "-s", "-p", "no:cacheprovider", "-c", "/dev/null",
+def run(tmp_path, *more, at_least=0):
+    code = RUN.replace("LARGE = 0", f"LARGE = {at_least}")
+    command = [sys.executable, "-c", code, "-q", "-s", "-p", "no:cacheprovider", "-c", "/dev/null",
                f"--rootdir={tmp_path}", f"--aprt-model={MODEL}", f"--aprt-oracle={ORACLE}",
                f"--aprt-report={tmp_path}", "--aprt-decode-steps=0", *more]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -269,3 +271,15 @@ def test_a_page_that_cannot_be_written_is_one_line(place, tmp_path):
     said = done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("ERROR"))
     assert place in line and "Traceback" not in said and "INTERNALERROR" not in said
+
+
+@pytest.mark.parametrize("at_least", [0, 10**9], ids=["by another process", "by this one"])
+def test_a_test_may_change_the_folder(at_least, tmp_path):
+    """What is drawn at the end lies beside report.json."""
+    (tmp_path / "elsewhere").mkdir()
+    own = "import os\ndef test_own(aprt_run):\n    os.chdir('elsewhere')\n"
+    (tmp_path / "test_own.py").write_text(own)
+    done = run(tmp_path, "test_own.py", "--aprt-report=kept", at_least=at_least)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("ANSWERED" in done.stdout) == (at_least == 0)
+    assert all(drawings(tmp_path / "kept"))
