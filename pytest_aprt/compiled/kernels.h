@@ -112,17 +112,6 @@ TARGET void NAME(q5_0)(const uint8_t *restrict block, int64_t blocks, float *res
 
 /* -- sums ------------------------------------------------------------------------------------- */
 
-TARGET static inline Lanes NAME(load)(const float *at) { return *(const Unaligned *)at; }
-
-TARGET static inline float NAME(sum)(Lanes all)
-{
-    const Half half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Quarter quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
-                            __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
 /* The sum of 32, pairwise. */
 TARGET static inline float NAME(total)(const float *lanes)
 {
@@ -163,6 +152,17 @@ TARGET void NAME(sieve)(const float *model, const float *oracle, int64_t rows, i
 }
 
 #ifdef TILES
+TARGET static inline Lanes NAME(load)(const float *at) { return *(const Unaligned *)at; }
+
+TARGET static inline float NAME(sum)(Lanes all)
+{
+    const Half half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Quarter quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+                            __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
 /* Some rows of weights, so many columns of them, times some tokens; added where adds. The compiler
  * keeps the sums in registers where it knows both numbers. */
 #define TILE(ROWS, TOKENS)                                                                         \
