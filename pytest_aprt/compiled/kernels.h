@@ -1,13 +1,14 @@
-/* The kernels, for one kind of processor: included once for each, with NAME and TARGET defined.
+/* The decoders and the sieve, for one kind of processor: included once for each, with NAME and TARGET
+ * defined.
  *
  * Blocks are laid out as gguf-py's quants.py reads them. A product of scale and quantum has at most
  * 24 significant bits, so it is exact whether or not the compiler fuses what follows. */
 
 TARGET static inline float NAME(half)(const uint8_t *at)
 {
-    _Float16 value;
-    memcpy(&value, at, sizeof value);
-    return (float)value;
+    uint16_t bits;
+    memcpy(&bits, at, sizeof bits);
+    return _cvtsh_ss(bits);
 }
 
 /* Scales and minima of the eight runs of 32 of Q4_K and Q5_K: six bits each in twelve bytes. */
@@ -110,8 +111,6 @@ TARGET void NAME(q5_0)(const uint8_t *restrict block, int64_t blocks, float *res
     }
 }
 
-/* -- sums ------------------------------------------------------------------------------------- */
-
 /* The sum of 32, pairwise. */
 TARGET static inline float NAME(total)(const float *lanes)
 {
@@ -150,71 +149,3 @@ TARGET void NAME(sieve)(const float *model, const float *oracle, int64_t rows, i
     }
     found[0] = error, found[1] = norm, found[2] = farthest;
 }
-
-#ifdef TILES
-TARGET static inline Lanes NAME(load)(const float *at) { return *(const Unaligned *)at; }
-
-TARGET static inline float NAME(sum)(Lanes all)
-{
-    const Half half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Quarter quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
-                            __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
-/* Some rows of weights, so many columns of them, times some tokens; added where adds. The compiler
- * keeps the sums in registers where it knows both numbers. */
-#define TILE(ROWS, TOKENS)                                                                         \
-    TARGET static inline void NAME(tile_##ROWS##_##TOKENS)(                                        \
-        const float *x, const float *w, int64_t columns, int64_t some, float *out, int64_t stride, \
-        int adds)                                                                                  \
-    {                                                                                              \
-        Lanes sums[ROWS][TOKENS], weights[ROWS];                                                   \
-        UNROLLED for (int r = 0; r < ROWS; r++)                                                    \
-            UNROLLED for (int t = 0; t < TOKENS; t++) sums[r][t] = (Lanes){0};                     \
-        for (int64_t c = 0; c < some; c += LANES) {                                                \
-            UNROLLED for (int r = 0; r < ROWS; r++) weights[r] = NAME(load)(w + r * columns + c);  \
-            UNROLLED for (int t = 0; t < TOKENS; t++) {                                            \
-                const Lanes inputs = NAME(load)(x + t * columns + c);                              \
-                UNROLLED for (int r = 0; r < ROWS; r++) sums[r][t] += weights[r] * inputs;         \
-            }                                                                                      \
-        }                                                                                          \
-        UNROLLED for (int r = 0; r < ROWS; r++)                                                    \
-            UNROLLED for (int t = 0; t < TOKENS; t++)                                              \
-                out[t * stride + r] = NAME(sum)(sums[r][t]) + (adds ? out[t * stride + r] : 0);    \
-    }
-#define EACH_TILE(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
-#define BOTH(TOKENS) TILE(4, TOKENS) TILE(1, TOKENS)
-EACH_TILE(BOTH)
-
-/* x @ w.T, (tokens, columns) and (rows, columns), columns a multiple of 16: out, whose rows lie
- * stride apart. */
-TARGET void NAME(product)(const float *x, int64_t tokens, const float *w, int64_t rows,
-                          int64_t columns, float *out, int64_t stride)
-{
-    const int64_t groups = (tokens + TILES - 1) / TILES;
-    for (int64_t group = 0, t = 0; group < groups; group++) {
-        const int64_t count = (tokens - t + groups - group - 1) / (groups - group);
-        for (int64_t c = 0; c < columns; c += CHUNK) {
-            const int64_t some = columns - c < CHUNK ? columns - c : CHUNK;
-            int64_t r = 0;
-#define AT(ROWS, TOKENS)                                                                           \
-    NAME(tile_##ROWS##_##TOKENS)(x + t * columns + c, w + r * columns + c, columns, some,          \
-                                 out + t * stride + r, stride, c > 0)
-#define CASE(TOKENS)                                                                               \
-    case TOKENS:                                                                                   \
-        for (; r + 4 <= rows; r += 4) AT(4, TOKENS);                                               \
-        for (; r < rows; r++) AT(1, TOKENS);                                                       \
-        break;
-            switch (count) { EACH_TILE(CASE) }
-        }
-        t += count;
-    }
-}
-#undef AT
-#undef CASE
-#undef BOTH
-#undef EACH_TILE
-#undef TILE
-#endif
