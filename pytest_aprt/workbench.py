@@ -203,8 +203,8 @@ class Workbench:
             if self.config.pluginmanager.hasplugin("dsession"):
                 report.write(self.report, self._scratch.path / "report.json")
             if settings.report is not None:
+                report.write(self.report, settings.report / "report.json")
                 folder = settings.report.absolute()  # a test may change the current one
-                report.write(self.report, folder / "report.json")
                 stack.enter_context(_drawn(beside, self.report, folder))
                 self._to_end.enter_context(stack.pop_all())
 
