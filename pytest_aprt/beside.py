@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pytest_aprt.sides import Sides
 
 LARGE = 50_000
-"""Tokens of a vocabulary from which a process is started. With 152,000 it spares 0.7 to 1 s, which
-is the one size that was measured; what the process does takes time in proportion."""
+"""Tokens of a vocabulary from which a process is started. With 152,000 it spares 0.7 to 1 s,
+and the drawing 0.5 more, which is the one size that was measured; what the process does for a
+vocabulary takes time in proportion."""
 
 _T = TypeVar("_T")
 

@@ -3,9 +3,9 @@
 Each call of torch from Python lets the lock go and waits for it again, and a piece of a Q4_K matrix
 takes 75. In pieces of 256 K weights two threads dequantise no faster than one (1.7 G weights a
 second), and at 2.9 G once TorchScript runs the calls of a function as a whole
-(tests/benchmarks/dequant.py, without it where PYTORCH_JIT=0). torch deprecates TorchScript for
-what needs a C++ compiler, and says that it may break from Python 3.14 on; where it refuses a
-function, that function runs as it is, with the same result.
+(tests/benchmarks/dequant.py with APRT_KERNELS=torch, and without it where PYTORCH_JIT=0). torch
+deprecates TorchScript for what needs a C++ compiler, and says that it may break from Python 3.14
+on; where it refuses a function, that function runs as it is, with the same result.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def unpack_of(kind: str, processor: str = PROCESSOR) -> Callable[[Tensor, Tensor
         return None
 
     def unpack(blocks: Tensor, out: Tensor) -> None:
-        assert blocks.is_contiguous() and out.is_contiguous()
+        if not (blocks.is_contiguous() and _is_plain(out)):
+            raise ValueError("expected blocks, and float32 to fill, that lie in one piece each")
         call(blocks.data_ptr(), len(blocks), out.data_ptr())
 
     return unpack

@@ -1,6 +1,6 @@
-/* What the hot path spends its time on, up to eight times as fast as the calls of torch that do the
- * same (tests/benchmarks/compiled.py). A library, no module: compiled/__init__.py loads it, and does
- * without it where it was not built.
+/* What the hot path spends its time on, up to eight times as fast as the calls of torch that do
+ * the same (tests/benchmarks/compiled.py). A library, no module: compiled/__init__.py loads it, and
+ * does without it where it was not built.
  *
  * Every function comes in one version for each kind of processor, which its name ends in. */
 
@@ -25,7 +25,7 @@
 
 /* -- products, for AVX-512: its 32 registers hold the sums of four rows and seven tokens ------- */
 
-enum { LANES = 16, TOKENS = 7 };
+enum { LANES = 16, GROUP = 7 };
 
 /* Columns that are summed at a time: the inputs of seven tokens fill 21 KB of the first cache. A
  * piece of 640 K weights and 14 tokens takes 87 us so, 99 with 512, 94 with 1,024. */
@@ -33,8 +33,8 @@ enum { CHUNK = 768 };
 
 #define UNROLLED _Pragma("GCC unroll 8")
 
-/* So many columns of some rows of weights, times some tokens; added to what is there where adds. The
- * compiler keeps the sums in registers where it knows both numbers. */
+/* So many columns of some rows of weights, times some tokens; added to what is there where adds.
+ * The compiler keeps the sums in registers where it knows both numbers. */
 #define TILE(ROWS, COUNT)                                                                          \
     TARGET static void tile_##ROWS##_##COUNT(const float *x, const float *w, int64_t columns,      \
                                              int64_t some, float *out, int64_t stride, int adds)   \
@@ -70,12 +70,12 @@ TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7)
         break;
 
 /* x @ w.T, of (tokens, columns) and (rows, columns), columns a multiple of 16, to out, whose rows
- * lie stride apart. Tokens go in groups of nearly one size. */
+ * lie stride apart. Tokens go in groups of nearly one size, up to GROUP. */
 void product_avx512(const float *x, int64_t tokens, const float *w, int64_t rows, int64_t columns,
                     float *out, int64_t stride)
 {
     int64_t t = 0;
-    for (int64_t groups = (tokens + TOKENS - 1) / TOKENS; groups > 0; groups--) {
+    for (int64_t groups = (tokens + GROUP - 1) / GROUP; groups > 0; groups--) {
         const int64_t count = (tokens - t + groups - 1) / groups;
         for (int64_t c = 0; c < columns; c += CHUNK) {
             const int64_t some = columns - c < CHUNK ? columns - c : CHUNK;
@@ -86,7 +86,7 @@ void product_avx512(const float *x, int64_t tokens, const float *w, int64_t rows
     }
 }
 
-/* Whose versions run here. Others than these were measured nowhere, and torch is quick there. */
+/* Whose versions run here. Others were measured nowhere: there it is torch. */
 const char *processor(void)
 {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "";

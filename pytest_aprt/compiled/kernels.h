@@ -1,5 +1,5 @@
-/* The decoders and the sieve, for one kind of processor: included once for each, with NAME and TARGET
- * defined.
+/* The decoders and the sieve, for one kind of processor: included once for each, with NAME and
+ * TARGET defined.
  *
  * Blocks are laid out as gguf-py's quants.py reads them. A product of scale and quantum has at most
  * 24 significant bits, so it is exact whether or not the compiler fuses what follows. */
@@ -64,12 +64,16 @@ TARGET void NAME(q6_k)(const uint8_t *restrict block, int64_t blocks, float *res
 {
     for (; blocks > 0; blocks--, block += 210, out += 256) {
         for (int half = 0; half < 2; half++) {
-            const uint8_t *low = block + 64 * half, *next = low + 32, *high = block + 128 + 32 * half;
+            const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half;
             float *at = out + 128 * half;
-            for (int i = 0; i < 32; i++) at[i] = (float)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
-            for (int i = 0; i < 32; i++) at[i + 32] = (float)(((next[i] & 15) | (high[i] >> 2 & 3) << 4) - 32);
-            for (int i = 0; i < 32; i++) at[i + 64] = (float)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
-            for (int i = 0; i < 32; i++) at[i + 96] = (float)((next[i] >> 4 | (high[i] >> 6) << 4) - 32);
+            for (int i = 0; i < 32; i++)
+                at[i] = (float)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+            for (int i = 0; i < 32; i++)
+                at[i + 32] = (float)(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+            for (int i = 0; i < 32; i++)
+                at[i + 64] = (float)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+            for (int i = 0; i < 32; i++)
+                at[i + 96] = (float)((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
         }
         const float scale = NAME(half)(block + 208);
         for (int run = 0; run < 16; run++) {

@@ -172,7 +172,7 @@ def _plain(dtype: torch.dtype) -> Unpack:
     return unpack
 
 
-_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def unpack_of(kind: str) -> Unpack | None:

@@ -62,11 +62,8 @@ def main() -> None:
             row.append(micros(lambda s=sieve, m=model, o=oracle: s(m, o, 256)))
         rows.append(row)
     for (count, columns), tokens in product(PIECES, TOKENS):
-        x, w, out = (
-            torch.randn(tokens, columns),
-            torch.randn(count, columns),
-            torch.empty(tokens, count),
-        )
+        x, w = torch.randn(tokens, columns), torch.randn(count, columns)
+        out = torch.empty(tokens, count)
         row = [f"product of {tokens} with {(count, columns)}",
                micros(lambda x=x, w=w, o=out: matrices._multiply_by_torch(x, w, o, 0))]  # fmt: skip
         for processor in PROCESSORS:
